@@ -1,0 +1,178 @@
+"""From `--config FILE.yaml key=value ...` to a checked schema, and the `--help` that lists every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.validation import Schema, did_you_mean, field_docs, field_hints, from_mapping, type_name
+
+S = TypeVar("S", bound=Schema)
+
+Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
+"""For each free block (model, quantizer): its names, and the class whose options the block takes."""
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The plain contents of a YAML file, or a ValueError that says where it cannot be read."""
+    if not Path(file).is_file():
+        raise ValueError(f"there is no config file {file}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} should hold keys and values, got {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def write_yaml(file: str | Path, values: dict[str, Any]) -> None:
+    OmegaConf.save(OmegaConf.create(values), file)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ValueError(f"expected key=value, got '{override}'; --help lists the keys")
+    try:
+        container = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read {' '.join(overrides)}: {error}") from error
+    return typing.cast(dict[str, Any], container)
+
+
+def _merge(preset: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides over a preset. A new `name` of a block drops the block's other options; epochs and steps exclude."""
+    merged = dict(preset)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            renamed = key in ("model", "quantizer") and "name" in value and value["name"] != old.get("name")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if overrides.get(given) is not None and overrides.get(other) is None:
+            merged.pop(other, None)
+    return merged
+
+
+def load_config(cls: type[S], file: str | Path | None = None, overrides: Sequence[str] = ()) -> S:
+    """The configuration of a run: the schema's defaults, then a YAML file, then `key=value` overrides.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest known one), a wrong type or a value out of range.
+    """
+    preset = {} if file is None else read_yaml(file)
+    defaults = {
+        f.name: f.default_factory()
+        for f in dataclasses.fields(cls)
+        if f.default_factory is not dataclasses.MISSING and f.name in ("model", "quantizer")
+    }
+    return from_mapping(cls, _merge(_merge(defaults, preset), _parse_overrides(overrides)))
+
+
+def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
+    """The options a block's class takes: name -> (type, default, meaning).
+
+    A dataclass documents its fields underneath them; any other class in the Args of its docstring.
+    """
+    if dataclasses.is_dataclass(factory) and isinstance(factory, type):
+        docs, hints = field_docs(factory), field_hints(factory)
+        return {
+            f.name: (type_name(hints[f.name]), str(f.default), docs[f.name])
+            for f in dataclasses.fields(factory)
+            if f.name in docs
+        }
+    owner = factory.__init__ if inspect.isclass(factory) else factory
+    hints = typing.get_type_hints(owner, include_extras=True)
+    text, docs = inspect.getdoc(factory) or "", {}
+    for line in textwrap.dedent(text.partition("Args:\n")[2]).split("\n"):
+        if line and not line.startswith(" ") and ":" in line:
+            name, _, meaning = line.partition(":")
+            docs[name] = meaning.strip()
+        elif line.strip() and docs:
+            docs[next(reversed(docs))] += " " + line.strip()
+        elif not line.strip() and docs:
+            break
+    parameters = list(inspect.signature(factory).parameters.values())
+    return {
+        p.name: (type_name(hints[p.name]), str(p.default), docs[p.name])
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name in docs
+    }
+
+
+def check_options(block: str, options: Mapping[str, Any], choices: Mapping[str, Callable[..., Any]]) -> None:
+    """Raise a ValueError where a block names an unknown class or an option that its class does not have."""
+    name = options["name"]
+    if name not in choices:
+        raise ValueError(did_you_mean(str(name), choices, block))
+    known = options_of(choices[name])
+    for option in options:
+        if option != "name" and option not in known:
+            raise ValueError(did_you_mean(f"{block}.{option}", [f"{block}.{k}" for k in known], f"option of {name}"))
+
+
+def help_text(cls: type[Schema], choices: Choices | None = None) -> str:
+    """Every key with its default, unit and meaning."""
+    choices = choices or {}
+    lines = [f"{(cls.__doc__ or '').strip()}", "", "usage: [--config FILE.yaml] key=value ...", ""]
+
+    def describe(key: str, kind: str, default: str, meaning: str) -> None:
+        lines.append(f"  {key}={default if default != 'None' else 'none'}  ({kind})")
+        lines.extend(textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+    def walk(schema: type[Schema], prefix: str) -> None:
+        docs, hints = field_docs(schema), field_hints(schema)
+        for f in dataclasses.fields(schema):
+            hint = hints[f.name]
+            if isinstance(hint, type) and issubclass(hint, Schema):
+                walk(hint, f"{prefix}{f.name}.")
+                continue
+            default = f.default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            if f.name in choices:
+                describe(f"{prefix}{f.name}.name", " | ".join(choices[f.name]), str(default["name"]), docs[f.name])
+                for name, factory in choices[f.name].items():
+                    lines.append(f"    with {f.name}.name={name}:")
+                    for option, description in options_of(factory).items():
+                        describe(f"{prefix}{f.name}.{option}", *description)
+            else:
+                shown = "REQUIRED" if default is dataclasses.MISSING else str(default)
+                describe(f"{prefix}{f.name}", type_name(hint), shown, docs[f.name])
+
+    walk(cls, "")
+    return "\n".join(lines)
+
+
+def config_from_arguments(cls: type[S], arguments: Sequence[str], choices: Choices | None = None) -> S:
+    """The configuration that a script's arguments describe; `--help` prints every key and leaves."""
+    arguments = list(arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(cls, choices))
+        sys.exit(0)
+    file = None
+    while arguments and arguments[0].startswith("--config"):
+        flag, _, value = arguments.pop(0).partition("=")
+        if flag != "--config" or not (value or arguments):
+            raise ValueError("expected --config FILE.yaml")
+        file = value or arguments.pop(0)
+    if "--config" in arguments:
+        position = arguments.index("--config")
+        if position + 1 >= len(arguments):
+            raise ValueError("expected --config FILE.yaml")
+        file = arguments[position + 1]
+        del arguments[position : position + 2]
+    return load_config(cls, file, arguments)

@@ -1,0 +1,115 @@
+"""The strict halves of transformers' pretrained classes, shared by tokenizers and priors.
+
+transformers accepts unknown config keys, and logs missing and unexpected weights instead of refusing them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig
+
+from configs.validation import coerce, did_you_mean, field_hints
+
+# What transformers itself writes into config.json or passes along, besides the fields of PreTrainedConfig.
+_TRANSFORMERS_KEYS = {"model_type", "name_or_path", "attn_implementation", "torch_dtype", "_commit_hash"}
+
+
+class StrictConfig(PreTrainedConfig):
+    """A model's configuration: typed fields, unknown keys refused.
+
+    A field with a docstring underneath is an option that users set; fields without one are written by the training.
+    """
+
+    def __post_init__(self, **unknown: Any) -> None:
+        fields = field_hints(type(self))
+        for key in unknown:
+            if key not in _TRANSFORMERS_KEYS:
+                raise ValueError(did_you_mean(key, fields, f"key of {type(self).__name__}"))
+        for name, hint in fields.items():
+            setattr(self, name, coerce(getattr(self, name), hint, name))
+        super().__post_init__(**unknown)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise a ValueError for values that do not go together."""
+
+    def options(self) -> dict[str, Any]:
+        """The values of this configuration's own fields, without what transformers adds."""
+        return {name: getattr(self, name) for name in sorted(field_hints(type(self)))}
+
+
+class StrictLoading:
+    """Mixin before PreTrainedModel: `from_pretrained` refuses weights that do not fit the model exactly."""
+
+    def _init_weights(self, module: Any) -> None:
+        """Nothing: layers draw their own weights, and transformers would redraw every one of them as N(0, 0.02)."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved model; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: where tensors are missing, surplus or of another shape, all of them named.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below with names, instead of a bare RuntimeError
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = {
+            "missing": sorted(info["missing_keys"]),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        }
+        if any(problems.values()):
+            found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} do not fit {cls.__name__}: {found}; "
+                "was the folder edited, or saved by another version?"
+            )
+        return (model, info) if wants_info else model
+
+
+def local_folder(name_or_path: str | Path, subfolder: str = "") -> Path:
+    """A folder on disk for a path or hub name, downloading the latter.
+
+    Raises:
+        ValueError: where it is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path / subfolder
+    if path.exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {name_or_path}")
+    try:
+        return Path(snapshot_download(str(name_or_path))) / subfolder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"there is no folder {name_or_path}, and no such name on the hub could be read") from error
+
+
+def saved_model_type(folder: Path, known: Mapping[str, Any], what: str) -> str:
+    """The name under which a folder's config.json stands in a table such as TOKENIZERS.
+
+    Raises:
+        ValueError: where the folder does not hold a whole model of this kind.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        contents = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        hint = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
+        raise ValueError(f"{folder} holds no saved {what} (config.json is missing; found: {contents or 'nothing'}){hint}")
+    try:
+        model_type = str(json.loads(file.read_text()).get("model_type")).removeprefix("tessera-")
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a model's config: {error}") from error
+    if model_type not in known:
+        raise ValueError(f"{folder} holds a {model_type}, not a {what}; expected one of {', '.join(sorted(known))}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has a config.json but no weights (*.safetensors)")
+    return model_type

@@ -1,0 +1,295 @@
+"""The keys of every script, with defaults, units and meaning: what `--help` prints and a run folder records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Share
+
+PixelSize = Annotated[int, Range(1, 16384)]
+
+
+@dataclass
+class ImagePreprocessing(Schema):
+    """How a picture of any size and mode becomes a tokenizer's input; saved with the tokenizer."""
+
+    image_size: PixelSize | list[PixelSize] = 32
+    """Pixels: one number for squares, or [height, width]."""
+    in_channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour."""
+    background: str = "white"
+    """Colour that lies under transparent pixels: a name or #rrggbb."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    """How pictures are resized until they cover image_size; the rest is cropped."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size[0], self.image_size[1]
+
+    def validate(self) -> None:
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"image_size should be one number or [height, width], got {self.image_size}")
+
+
+@dataclass
+class SourceConfig(Schema):
+    """Where images come from."""
+
+    dataset: str = "digits"
+    """digits, a folder of images, a file, glob or folder of parquet or arrow, or the name of a Hugging Face dataset."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    image_column: str | None = None
+    """Column with the images; by default the only image column."""
+    label_column: str | None = None
+    """Column with the classes; by default the only column of named classes, or one called label."""
+    skip_broken: bool = False
+    """Skip and count images that cannot be read, instead of stopping. Reads every image once at the start."""
+    num_workers: CountOrZero | None = None
+    """Processes that decode images; by default one less than the cores, at most 8."""
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """Images to train on."""
+
+    split: str = "train"
+    """Split to train on."""
+    validation: Annotated[float, Range(0, 0.9)] | str | None = None
+    """A split, another source, or a share such as 0.02 drawn by seed; by default the split validation or test."""
+    image_size: PixelSize | list[PixelSize] = 32
+    """Pixels: one number for squares, or [height, width]."""
+    background: str = "white"
+    """Colour that lies under transparent pixels: a name or #rrggbb."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    """How pictures are resized until they cover image_size; the rest is cropped."""
+    crop: Literal["center", "random"] = "center"
+    """Where training pictures are cropped; validation and encoding crop the centre."""
+    flip: bool = False
+    """Mirror every second training picture, left to right."""
+    cache_mib: CountOrZero = 1024
+    """MiB of decoded images to keep in memory; a set that fits is decoded once. 0 decodes every time."""
+
+
+@dataclass
+class RunConfig(Schema):
+    """What both trainings share."""
+
+    output_dir: str = "runs/run"
+    """The run folder: config.yaml, metrics.jsonl, images/, checkpoints/ and the final model."""
+    steps: Count | None = None
+    """Optimizer steps; give steps or epochs."""
+    epochs: Annotated[float, Range(0.0001)] | None = None
+    """Passes over the training split; give steps or epochs."""
+    batch_size: Count = 64
+    """Images per optimizer step, summed over processes and accumulation steps."""
+    accumulation_steps: Count = 1
+    """Forward and backward passes per optimizer step; more of them need less memory."""
+    learning_rate: Annotated[float, Range(1e-9, 1)] = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: CountOrZero = 100
+    """Steps over which the learning rate rises from zero."""
+    betas: list[Share] = field(default_factory=lambda: [0.9, 0.99])
+    """AdamW's decay rates of the two moments."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay of matrices; vectors, norms and embeddings have none."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this global norm; 0 is off."""
+    weight_ema: Annotated[float, Range(0, 0.999999)] = 0.0
+    """Decay of a moving average of the weights, which then is the model that is evaluated and saved; 0 is off."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast type; auto is bf16 where the hardware multiplies it natively, otherwise no."""
+    seed: CountOrZero = 0
+    """Seed of weights, data order and everything random."""
+    log_every: Count = 20
+    """Steps between lines in metrics.jsonl."""
+    validate_every: CountOrZero = 500
+    """Steps between passes over the validation split; 0 validates at the end only."""
+    sample_every: CountOrZero = 500
+    """Steps between pictures in images/; 0 draws at the end only."""
+    checkpoint_every: CountOrZero = 500
+    """Steps between checkpoints; 0 saves one at the end only."""
+    keep_checkpoints: Count = 2
+    """How many of the newest checkpoints to keep."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest whole checkpoint, or starts; never refuses a folder that holds a run."""
+    init_from: str | None = None
+    """A saved model or run folder whose weights a new run starts from."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics and pictures go besides the run folder. Nothing leaves the machine unless asked."""
+    project: str = "tessera"
+    """The tracker's project."""
+    dry_run: bool = False
+    """Do two steps of everything in a temporary folder, a checkpoint and a picture included, and keep nothing."""
+
+    def validate(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give steps or epochs, got both: steps={self.steps} epochs={self.epochs}")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide into accumulation_steps={self.accumulation_steps} equal "
+                "parts; choose a multiple"
+            )
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(f"betas should be two numbers in [0, 1), got {self.betas}")
+
+
+def _block(name: str) -> Any:
+    return field(default_factory=lambda: {"name": name})
+
+
+@dataclass
+class ObjectiveConfig(Schema):
+    """What a tokenizer is trained on, besides its quantizer's own losses."""
+
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Mean absolute or mean squared error, over pixels in [-1, 1]."""
+
+
+@dataclass
+class TokenizerTrainingConfig(RunConfig):
+    """Train a tokenizer on images."""
+
+    output_dir: str = "runs/tokenizer"
+    """The run folder: config.yaml, metrics.jsonl, images/, checkpoints/ and the final model."""
+    model: dict[str, Any] = _block("vqvae")
+    """The network: name, then its options."""
+    quantizer: dict[str, Any] = _block("ema")
+    """The quantizer: name, then its options."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The reconstruction's terms."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+    train_only: Literal["all", "decoder"] = "all"
+    """decoder tunes the decoder of init_from= alone: its codes and fingerprint stay."""
+    initialize_batches: Count = 16
+    """Batches whose latents a quantizer may look at before the first step (k-means)."""
+
+    def validate(self) -> None:
+        super().validate()
+        for block in ("model", "quantizer"):
+            if not isinstance(getattr(self, block).get("name"), str):
+                raise ValueError(f"{block} needs a name, got {getattr(self, block)!r}; give {block}.name=")
+        if self.train_only == "decoder" and self.init_from is None:
+            raise ValueError("train_only=decoder tunes a saved tokenizer; give init_from=DIR")
+
+
+@dataclass
+class EncodingConfig(Schema):
+    """Turn a dataset of images into a dataset of codes."""
+
+    tokenizer: str
+    """A tokenizer's run folder or saved model, or its hub name."""
+    output_dir: str = "runs/codes"
+    """Folder of the code dataset."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    """The images. Splits stay splits; a single file becomes the split train."""
+    batch_size: Count = 128
+    """Images per forward pass, on each process."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    """Autocast type. Codes are the same for any number of processes in full precision only."""
+
+
+@dataclass
+class PriorTrainingConfig(RunConfig):
+    """Train a prior on a dataset of codes."""
+
+    codes: str = "runs/codes"
+    """A code dataset's folder or hub name; it knows the layout, the classes and the tokenizer's fingerprint."""
+    output_dir: str = "runs/prior"
+    """The run folder: config.yaml, metrics.jsonl, images/, checkpoints/ and the final model."""
+    split: str = "train"
+    """Split to train on."""
+    validation: Annotated[float, Range(0, 0.9)] | str | None = None
+    """A split, or a share such as 0.02 drawn by seed; by default the split validation or test."""
+    model: dict[str, Any] = _block("gpt")
+    """The prior: name, then its options."""
+    class_conditional: bool = True
+    """Condition on the classes of the code dataset, where it has any."""
+    tokenizer: str | None = None
+    """Tokenizer that draws the sample pictures; by default the one recorded beside the codes."""
+    num_samples: Count = 16
+    """Pictures in a sample grid."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Options of the sample pictures: temperature, top_k, top_p, guidance_scale."""
+    learning_rate: Annotated[float, Range(1e-9, 1)] = 5e-4
+    """Peak learning rate of AdamW."""
+    betas: list[Share] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the two moments."""
+    weight_decay: NonNegative = 0.05
+    """AdamW's weight decay of matrices; vectors, norms and embeddings have none."""
+
+    def validate(self) -> None:
+        super().validate()
+        if not isinstance(self.model.get("name"), str):
+            raise ValueError(f"model needs a name, got {self.model!r}; give model.name=")
+
+
+@dataclass
+class GenerationConfig(Schema):
+    """Sample new images."""
+
+    pipeline: str | None = None
+    """A saved pipeline's folder or hub name; or give tokenizer= and prior=."""
+    tokenizer: str | None = None
+    """A tokenizer's run folder or saved model."""
+    prior: str | None = None
+    """A prior's run folder or saved model."""
+    output_dir: str = "runs/samples"
+    """Folder for numbered PNGs and grid.png; it must be empty or new."""
+    num_images: Count = 16
+    """How many images; with labels=each, how many of each class."""
+    labels: Any = None
+    """One class (number or name), a list of num_images of them, or each; by default without a class."""
+    seed: CountOrZero = 0
+    """Image i depends on (seed, i) only."""
+    batch_size: Count = 64
+    """Images sampled at once."""
+    temperature: Annotated[float, Range(0, 100)] = 1.0
+    """Logits are divided by it; 0 takes the likeliest code."""
+    top_k: Count | None = None
+    """Keep the k likeliest codes."""
+    top_p: Annotated[float, Range(1e-6, 1)] | None = None
+    """Keep the likeliest codes that together have this probability."""
+    guidance_scale: NonNegative = 1.0
+    """Classifier-free guidance; 1 is off."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    """Autocast type."""
+
+    def validate(self) -> None:
+        if self.pipeline is not None and (self.tokenizer or self.prior):
+            raise ValueError("give pipeline=DIR, or tokenizer=DIR and prior=DIR, not both")
+        if self.pipeline is None and not (self.tokenizer and self.prior):
+            raise ValueError("give pipeline=DIR, or tokenizer=DIR and prior=DIR")
+
+
+@dataclass
+class EvaluationConfig(Schema):
+    """Measure a tokenizer on images, and a prior on codes."""
+
+    tokenizer: str | None = None
+    """A tokenizer's run folder or saved model: PSNR, codebook usage and perplexity on data."""
+    prior: str | None = None
+    """A prior's run folder or saved model: bits per code on codes."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    """Images for the tokenizer."""
+    codes: str = "runs/codes"
+    """Codes for the prior."""
+    split: str = "test"
+    """Split of the images and codes."""
+    batch_size: Count = 128
+    """Images per forward pass."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    """Autocast type."""
+    output_file: str | None = None
+    """Where to write the figures as JSON; they are printed in any case."""
+
+    def validate(self) -> None:
+        if self.tokenizer is None and self.prior is None:
+            raise ValueError("give tokenizer=DIR, prior=DIR or both")

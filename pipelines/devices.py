@@ -1,0 +1,69 @@
+"""What the hardware can do: the precision that `auto` means here, and a line that names the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, otherwise the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")
+
+
+def resolve_mixed_precision(choice: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where the hardware multiplies it natively, otherwise no.
+
+    Raises:
+        ValueError: for fp16 without a GPU.
+    """
+    if choice == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision=fp16 needs a GPU; use bf16, no or auto on a CPU")
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        # is_bf16_supported() also counts emulation; native multiplication came with compute capability 8.
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "no"
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if native else "no"
+    return "no"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context of a resolved precision."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The machine in a few words, for the record beside a number."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} cores of {model}" if device.type == "cpu" else device.type
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn the several kinds of running out of memory into a ValueError that says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "can't allocate memory" not in text and "out of memory" not in text.lower():
+                raise
+        raise ValueError(f"out of memory ({text.splitlines()[0] if text else 'no details'}); {advice}") from error

@@ -1,0 +1,164 @@
+"""Passes over a validation or test split that measure a tokenizer or a prior, the same on any number of processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.schema import EvaluationConfig
+from pipelines import metrics
+from pipelines.code_data import load_code_info, load_code_tensor
+from pipelines.devices import describe_hardware, explain_out_of_memory, resolve_mixed_precision
+from pipelines.image_data import ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
+from pipelines.image_sources import load_source
+from prior import Prior
+from tokenizer import ImageTokenizer
+
+
+def share_of_process(batches: list[Any], accelerator: Accelerator) -> list[Any]:
+    """Every N-th batch: the part of this process."""
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: ImageTokenizer,
+    dataset: ImageDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    max_batches: int | None = None,
+) -> dict[str, float]:
+    """Figures over a split, each image once over all processes.
+
+    Returns:
+        psnr_db (mean over images), mean absolute error `l1` and mean squared error `l2` in [-1, 1] units,
+        codebook_usage (share of codes that occur) and codebook_perplexity.
+    """
+    was_training = tokenizer.training
+    tokenizer.eval()
+    counts = torch.zeros(tokenizer.code_layout.vocab_size, dtype=torch.int64, device=accelerator.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # psnr, l1, l2, images
+    batches = share_of_process(in_order(len(dataset), batch_size)[:max_batches], accelerator)
+    for batch in image_batches(dataset, batches, accelerator.device, num_workers):
+        with accelerator.autocast():
+            output = tokenizer(batch.images)
+        error = batch.images - output.reconstruction.float()
+        values = [
+            metrics.psnr(batch.images, output.reconstruction).sum(),
+            error.abs().flatten(1).mean(1).sum(),
+            error.square().flatten(1).mean(1).sum(),
+            torch.tensor(len(batch.images), device=accelerator.device),
+        ]
+        sums += torch.stack([value.double() for value in values])
+        counts += metrics.count_codes(output.codes, len(counts))
+    tokenizer.train(was_training)
+    psnr, l1, l2, num_images = accelerator.reduce(sums, "sum").tolist()
+    counts = accelerator.reduce(counts, "sum")
+    return {
+        "psnr_db": psnr / num_images,
+        "l1": l1 / num_images,
+        "l2": l2 / num_images,
+        "codebook_usage": metrics.usage(counts),
+        "codebook_perplexity": metrics.perplexity(counts),
+    }
+
+
+@torch.no_grad()
+def evaluate_prior(
+    prior: Prior,
+    codes: Tensor,
+    labels: Tensor | None,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    image_shape: tuple[int, int, int],
+    max_batches: int | None = None,
+) -> dict[str, float]:
+    """Figures over a split of codes `(N, *layout.shape)`, each image once over all processes.
+
+    Returns:
+        loss (nats per code), bits_per_code, bits_per_pixel (over height times width), perplexity (per code), and
+        first_order_bits_per_code: the entropy of the split's own histogram of codes.
+    """
+    was_training = prior.training
+    prior.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # nats, codes
+    starts = list(range(0, len(codes), batch_size))[:max_batches]
+    for start in share_of_process(starts, accelerator):
+        batch = codes[start : start + batch_size].to(accelerator.device).long()
+        classes = None if labels is None else labels[start : start + batch_size].to(accelerator.device)
+        with accelerator.autocast():
+            loss = prior(batch, classes).loss
+        sums += torch.stack([loss.double() * batch.numel(), torch.tensor(float(batch.numel())).to(loss.device)])
+    prior.train(was_training)
+    nats, num_codes = accelerator.reduce(sums, "sum").tolist()
+    bits = metrics.to_bits(nats / num_codes)
+    _, height, width = image_shape
+    histogram = metrics.count_codes(codes.long(), prior.code_layout.vocab_size)
+    return {
+        "loss": nats / num_codes,
+        "bits_per_code": bits,
+        "bits_per_pixel": bits * prior.code_layout.num_codes / (height * width),
+        "perplexity": 2**bits,
+        "first_order_bits_per_code": metrics.to_bits(metrics.entropy(histogram)),
+    }
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Measure a saved tokenizer on images, a saved prior on codes, or both; print the figures, and save them if asked.
+
+    Raises:
+        ValueError: where a folder, split or column does not exist, or codes are of another layout.
+    """
+    device = Accelerator().device
+    precision = resolve_mixed_precision(config.mixed_precision, device)
+    accelerator = Accelerator(mixed_precision=precision)
+    figures: dict[str, Any] = {}
+    with explain_out_of_memory(f"lower batch_size={config.batch_size}"):
+        if config.tokenizer is not None:
+            tokenizer = ImageTokenizer.from_pretrained(config.tokenizer).to(device)
+            source = load_source(config.data)
+            num_classes = len(source.class_names) if source.class_names else None
+            dataset = ImageDataset(
+                source.split(config.split), tokenizer.config.preprocessing, num_classes=num_classes
+            )
+            prepare_dataset(dataset, config.data, cache_mib=0, show=accelerator.is_main_process)
+            figures |= evaluate_tokenizer(
+                tokenizer,
+                dataset,
+                accelerator,
+                batch_size=config.batch_size,
+                num_workers=default_num_workers(config.data),
+            )
+            figures |= {"num_images": len(dataset), "num_skipped": dataset.num_skipped}
+        if config.prior is not None:
+            prior = Prior.from_pretrained(config.prior).to(device)
+            info = load_code_info(config.codes)
+            prior.require_codes(info.layout, info.fingerprint, f"codes={config.codes}")
+            codes, labels = load_code_tensor(config.codes, config.split)
+            found = evaluate_prior(
+                prior,
+                codes,
+                labels if prior.config.num_classes else None,
+                accelerator,
+                batch_size=config.batch_size,
+                image_shape=info.image_shape,
+            )
+            figures |= found | {"num_coded_images": len(codes)}
+    figures |= {"hardware": describe_hardware(device), "mixed_precision": precision}
+    if accelerator.is_main_process:
+        for name, value in figures.items():
+            print(f"{name:>28}  {value:.4f}" if isinstance(value, float) else f"{name:>28}  {value}")
+        if config.output_file is not None:
+            Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(config.output_file).write_text(json.dumps(figures | {"config": asdict(config)}, indent=2) + "\n")
+    return figures
+

@@ -1,0 +1,62 @@
+"""Sample new images into a folder: the fourth of the four verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from configs.schema import GenerationConfig
+from pipelines.devices import autocast, default_device, explain_out_of_memory, resolve_mixed_precision
+from pipelines.image_data import to_pil
+from pipelines.image_generation import ImageGenerationPipeline
+from pipelines.pictures import picture_grid
+from pipelines.run_folder import whole_folder
+
+
+def generate(config: GenerationConfig) -> Path:
+    """Sample images into numbered PNGs and grid.png, and return their folder, which appears when it is whole.
+
+    Raises:
+        ValueError: where models are missing or do not belong together, a class is unknown, or the folder is not empty.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty; choose another output_dir or empty it")
+    if config.pipeline is not None:
+        pipeline = ImageGenerationPipeline.from_pretrained(config.pipeline)
+    else:
+        assert config.tokenizer is not None
+        assert config.prior is not None
+        pipeline = ImageGenerationPipeline.from_parts(config.tokenizer, config.prior)
+    device = default_device()
+    pipeline.to(device)
+    precision = resolve_mixed_precision(config.mixed_precision, device)
+    num_images, labels, columns = config.num_images, config.labels, None
+    if labels == "each":
+        num_classes = pipeline.prior.config.num_classes
+        if not num_classes:
+            raise ValueError("labels=each needs a prior with classes, and this one has none")
+        labels, columns = [label for label in range(num_classes) for _ in range(num_images)], num_images
+        num_images *= num_classes
+    with autocast(precision, device), explain_out_of_memory(f"lower batch_size={config.batch_size}"):
+        result = pipeline(
+            num_images,
+            labels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            output_type="tensor",
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            guidance_scale=config.guidance_scale,
+        )
+    assert isinstance(result.images, torch.Tensor)
+    with whole_folder(output) as partial:
+        for index, picture in enumerate(to_pil(result.images)):
+            picture.save(partial / f"{index:05d}.png")
+        # A grid is for looking at: the first 256 images, or every class's row.
+        shown = result.images if columns else result.images[:256]
+        picture_grid(shown, columns or max(1, round(len(shown) ** 0.5))).save(partial / "grid.png")
+    print(f"{output}: {num_images} images and grid.png")
+    return output

@@ -1,0 +1,252 @@
+"""Pictures to batches of pixels: any source mode, size and orientation to `(B, C, H, W)`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as VF
+from tqdm import tqdm
+
+from configs.random_streams import mix, uniform
+from configs.schema import DataConfig, ImagePreprocessing, SourceConfig
+
+
+@dataclass
+class ImageBatch:
+    """Images and what belongs to them."""
+
+    images: Tensor
+    """`(B, C, H, W)`: uint8 as loaded, float32 in [-1, 1] after `to_device`."""
+    labels: Tensor
+    """`(B,)` int64; zeros where the source has none."""
+    seeds: Tensor
+    """`(B,)` int64: the key of everything random about each image in this step."""
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 in [0, 255], rounded."""
+    return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images `(B, C, H, W)` in [-1, 1] as pictures, grey or RGB."""
+    return [VF.to_pil_image(image) for image in to_uint8(images.detach()).cpu()]
+
+
+def _flatten_mode(picture: Image.Image, preprocessing: ImagePreprocessing) -> Image.Image:
+    """The picture upright, 8 bits a channel, without transparency, in L or RGB."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # 16-bit greys: I;16 in its byte orders, and I where a reader widened them.
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"32-bit pixels from {values.min()} to {values.max()}; expected 8 or 16 bits a channel")
+        picture = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("floating-point pixels, whose range nobody knows; expected 8 or 16 bits a channel")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, ImageColor.getrgb(preprocessing.background))
+        picture = Image.alpha_composite(ground, picture)
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    return picture.convert("L" if preprocessing.in_channels == 1 else "RGB")
+
+
+def to_pixels(
+    picture: Image.Image, preprocessing: ImagePreprocessing, crop_at: tuple[float, float] = (0.5, 0.5)
+) -> Tensor:
+    """One picture as `(C, H, W)` uint8: resized until it covers the image size, then cropped.
+
+    Args:
+        picture: any mode and size.
+        preprocessing: the target.
+        crop_at: where the crop lies vertically and horizontally, each in [0, 1]; 0.5 is the centre.
+    """
+    picture = _flatten_mode(picture, preprocessing)
+    pixels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+    height, width = preprocessing.size
+    scale = max(height / picture.height, width / picture.width)
+    covering = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
+    if covering != [picture.height, picture.width]:
+        mode = VF.InterpolationMode(preprocessing.interpolation)
+        pixels = VF.resize(pixels, covering, interpolation=mode, antialias=preprocessing.interpolation != "nearest")
+    top, left = (round(at * (have - want)) for at, have, want in zip(crop_at, covering, (height, width), strict=True))
+    return pixels[:, top : top + height, left : left + width].contiguous()
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Rows of an image source as batches of pixels; items are (row, position in the stream of training items).
+
+    Args:
+        rows: rows `{image: {bytes, path}, label}`.
+        preprocessing: what images become.
+        num_classes: labels must be below it; None where there are none.
+        augmentation: random crop and flip, keyed (seed, position); None for evaluation.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        preprocessing: ImagePreprocessing,
+        *,
+        num_classes: int | None,
+        augmentation: DataConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        ImageColor.getrgb(preprocessing.background)  # raises a ValueError that names an unknown colour
+        self.rows = rows
+        self.preprocessing = preprocessing
+        self.random_crop = augmentation is not None and augmentation.crop == "random"
+        self.flip = augmentation is not None and augmentation.flip
+        self.seed = seed
+        self.pixels: Tensor | None = None
+        self.num_skipped = 0
+        labels = rows.select_columns(["label"])[:]["label"] if num_classes is not None else [0] * len(rows)
+        self.labels = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
+        if len(rows) == 0:
+            raise ValueError("the split holds no images")
+        if num_classes is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
+            wrong = int(((self.labels < 0) | (self.labels >= num_classes)).nonzero()[0])
+            raise ValueError(f"row {wrong} has label {int(self.labels[wrong])}, outside the {num_classes} classes")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all decoded images take."""
+        height, width = self.preprocessing.size
+        return len(self) * self.preprocessing.in_channels * height * width
+
+    def _decode(self, row: int, image: dict[str, Any], crop_at: tuple[float, float]) -> Tensor | ValueError:
+        try:
+            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as picture:
+                return to_pixels(picture, self.preprocessing, crop_at)
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+            name = image["path"] or f"row {row}"
+            return ValueError(f"cannot read image {name}: {error}; repair it, or give data.skip_broken=true")
+
+    def decode_rows(self, rows: Sequence[int], crops: Sequence[tuple[float, float]]) -> list[Tensor | ValueError]:
+        """The pixels of each row, or the error that its file gave."""
+        images = self.rows[list(rows)]["image"]
+        return [self._decode(r, image, at) for r, image, at in zip(rows, images, crops, strict=True)]
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch | ValueError:
+        rows = torch.tensor([row for row, _ in items])
+        seeds = mix(self.seed, torch.tensor([position for _, position in items]))
+        if self.pixels is not None:
+            images = self.pixels[rows]
+        else:
+            crops = [(0.5, 0.5)] * len(items)
+            if self.random_crop:
+                crops = list(zip(uniform(seeds, 0).tolist(), uniform(seeds, 1).tolist(), strict=True))
+            decoded = self.decode_rows(rows.tolist(), crops)
+            for image in decoded:
+                if isinstance(image, ValueError):
+                    return image  # a loader process would bury it in a traceback: image_batches raises it
+            images = torch.stack(decoded)  # type: ignore[arg-type]
+        if self.flip:
+            mirrored = (uniform(seeds, 2) < 0.5).view(-1, 1, 1, 1)
+            images = torch.where(mirrored, images.flip(3), images)
+        return ImageBatch(images, self.labels[rows], seeds)
+
+
+class _CheckedRows(torch.utils.data.Dataset):
+    """Rows decoded one block at a time, errors included, for a single pass over everything."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor | ValueError]:
+        return self.dataset.decode_rows(rows, [(0.5, 0.5)] * len(rows))
+
+
+def _loader(dataset: Any, batches: Iterable, num_workers: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_identity,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def default_num_workers(config: SourceConfig) -> int:
+    """Decoding processes: as configured, else one less than the cores, at most 8."""
+    return config.num_workers if config.num_workers is not None else min(8, max(0, (os.cpu_count() or 1) - 1))
+
+
+def prepare_dataset(dataset: ImageDataset, config: SourceConfig, *, cache_mib: int, show: bool = False) -> ImageDataset:
+    """Decode everything once where that is asked for: to keep it in memory, or to find broken files.
+
+    Raises:
+        ValueError: for the first broken image, unless `data.skip_broken`; then they are dropped and counted.
+    """
+    keep = not dataset.random_crop and dataset.num_bytes <= cache_mib * 2**20
+    if not keep and not config.skip_broken:
+        return dataset
+    num_workers = default_num_workers(config) if len(dataset) >= 2000 else 0
+    blocks = [list(range(start, min(start + 256, len(dataset)))) for start in range(0, len(dataset), 256)]
+    pixels: list[Tensor] = []
+    whole: list[int] = []
+    progress = tqdm(total=len(dataset), desc="decoding images", unit="img", disable=None if show else True, leave=False)
+    for rows, decoded in zip(blocks, _loader(_CheckedRows(dataset), blocks, num_workers), strict=True):
+        for row, image in zip(rows, decoded, strict=True):
+            if isinstance(image, Tensor):
+                whole.append(row)
+            elif not config.skip_broken:
+                raise image
+        if keep:
+            pixels.append(torch.stack([image for image in decoded if isinstance(image, Tensor)]))
+        progress.update(len(rows))
+    progress.close()
+    if not whole:
+        raise ValueError("none of the images can be read")
+    dataset.num_skipped = len(dataset) - len(whole)
+    if dataset.num_skipped:
+        dataset.rows = dataset.rows.select(whole)
+        dataset.labels = dataset.labels[whole]
+    dataset.pixels = torch.cat(pixels) if keep else None
+    return dataset
+
+
+def image_batches(
+    dataset: ImageDataset, batches: Iterable[list[tuple[int, int]]], device: torch.device, num_workers: int
+) -> Iterator[ImageBatch]:
+    """Batches on a device, float32 in [-1, 1], channels last.
+
+    Raises:
+        ValueError: when a broken image is reached.
+    """
+    for batch in _loader(dataset, batches, 0 if dataset.pixels is not None else num_workers):
+        if isinstance(batch, ValueError):
+            raise batch
+        if device.type == "cuda":
+            batch.images = batch.images.pin_memory()
+        images = to_unit_range(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        yield ImageBatch(images, batch.labels.to(device), batch.seeds.to(device))
+
+
+def in_order(num_items: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Every item once, in order, as (item, position) batches; the last may be smaller."""
+    items = [(i, i) for i in range(num_items)]
+    return [items[start : start + batch_size] for start in range(0, num_items, batch_size)]

@@ -1,0 +1,197 @@
+"""Train a prior: the third of the four verbs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.random_streams import mix
+from configs.schema import PriorTrainingConfig
+from configs.validation import did_you_mean
+from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
+from pipelines.evaluation import evaluate_prior
+from pipelines.index_stream import IndexStream
+from pipelines.pictures import picture_grid
+from pipelines.training_run import TrainingRun, open_run
+from pipelines.weights import load_matching_weights
+from prior import Prior, build_prior
+from tokenizer import ImageTokenizer
+
+Split = tuple[Tensor, Tensor | None]
+"""Codes `(N, *layout.shape)` in their stored type, and labels `(N,)` or None."""
+
+
+def train_prior(config: PriorTrainingConfig) -> Path:
+    """Train a prior on a code dataset and return its run folder, which is also the saved model.
+
+    Layout, classes and the tokenizer's fingerprint come from the code dataset. Where the folder holds the same run
+    already, it goes on from the newest checkpoint, or returns at once.
+
+    Raises:
+        ValueError: for anything wrong with the configuration, the codes or the folder, before training.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    with open_run(config) as run:
+        config = run.config  # type: ignore[assignment]
+        info = load_code_info(config.codes)
+        prior = _make_prior(config, info)
+        train, validation = _load_splits(config, prior.config.num_classes > 0)
+        if run.plan(len(train[0])):
+            run.print(f"{run.folder} is complete: {run.total_steps} steps")
+            return run.folder
+        tokenizer, why_no_pictures = _find_tokenizer(config, info)
+        classes = f"{prior.config.num_classes} classes" if prior.config.num_classes else "no classes"
+        run.announce(
+            prior,
+            {
+                "codes": f"{info.layout}, {info.layout.bits:,.0f} bits an image, {classes}",
+                "images": f"{len(train[0]):,} of {config.codes}",
+                "validation": "none: give validation= to measure" if validation is None else f"{len(validation[0]):,}",
+                "pictures": why_no_pictures or f"every {config.sample_every or config.steps} steps",
+            },
+            len(train[0]),
+        )
+        run.prepare(prior)
+        if tokenizer is not None:
+            tokenizer.to(run.device)
+        batches = _code_batches(run, train, config)
+        figures: dict[str, float] = {}
+
+        prior.train()
+        for step in run.steps("images"):
+            for codes, labels, seeds in islice(batches, config.accumulation_steps):
+                with run.accelerator.accumulate(run.model):
+                    output = run.model(codes, labels, seeds=seeds)
+                    run.accelerator.backward(output.loss)
+                    run.optimizer_step()
+                    run.add({"loss": output.loss, **output.metrics})
+            if run.due(config.log_every, step):
+                run.log_means(step)
+            if validation is not None and run.due(config.validate_every, step):
+                figures = evaluate_prior(
+                    run.evaluated_model,
+                    *validation,
+                    run.accelerator,
+                    batch_size=config.batch_size,
+                    image_shape=info.image_shape,
+                    max_batches=2 if config.dry_run else None,
+                )
+                run.log(step, "validation", figures)
+                run.print(
+                    f"{f'step {step + 1}':>14}  {figures['bits_per_code']:.3f} bits per code "
+                    f"(histogram: {figures['first_order_bits_per_code']:.3f})"
+                )
+            if tokenizer is not None and run.due(config.sample_every, step):
+                _draw(run, tokenizer, config, step)
+            if run.due(config.checkpoint_every, step):
+                run.save_checkpoint(step + 1)
+        run.finish(figures)
+        return run.folder
+
+
+def _make_prior(config: PriorTrainingConfig, info: CodeInfo) -> Prior:
+    class_names = info.class_names if config.class_conditional else None
+    prior = build_prior(
+        config.model,
+        info.layout,
+        fingerprint=info.fingerprint,
+        num_classes=len(class_names or []),
+        class_names=class_names,
+    )
+    if config.init_from is not None:
+        load_matching_weights(prior, Prior.from_pretrained(config.init_from), config.init_from)
+    options = inspect.signature(prior.sample).parameters
+    for name in config.sampling:
+        if name not in options or name in ("batch_size", "labels", "seeds"):
+            known = [n for n in options if n not in ("batch_size", "labels", "seeds")]
+            raise ValueError(did_you_mean(f"sampling.{name}", [f"sampling.{n}" for n in known], "key"))
+    if config.sampling.get("guidance_scale", 1) != 1 and (not class_names or prior.config.label_dropout == 0):
+        raise ValueError("sampling.guidance_scale needs codes with classes and model.label_dropout above 0")
+    return prior
+
+
+def _load_splits(config: PriorTrainingConfig, conditional: bool) -> tuple[Split, Split | None]:
+    """Training and validation codes, the latter None where there are none."""
+
+    def load(split: str) -> Split:
+        codes, labels = load_code_tensor(config.codes, split)
+        return codes, labels if conditional else None
+
+    train = load(config.split)
+    if len(train[0]) == 0:
+        raise ValueError(f"{config.codes} split {config.split} holds no images")
+    if isinstance(config.validation, str):
+        return train, load(config.validation)
+    if config.validation is None:
+        names = load_codes(config.codes).keys()
+        others = [n for n in ("validation", "valid", "val", "test") if n in names and n != config.split]
+        return train, load(others[0]) if others else None
+    if config.validation == 0:
+        return train, None
+    order = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(train[0])))
+    count = max(1, round(config.validation * len(order)))
+    parts = [index.sort().values for index in (order[count:], order[:count])]
+    kept, held_out = [(train[0][i], None if train[1] is None else train[1][i]) for i in parts]
+    return kept, held_out
+
+
+def _find_tokenizer(config: PriorTrainingConfig, info: CodeInfo) -> tuple[ImageTokenizer | None, str]:
+    """The tokenizer that draws pictures, and why there is none."""
+    place = config.tokenizer or info.tokenizer
+    if place is None:
+        return None, "none: the codes name no tokenizer; give tokenizer=DIR to draw some"
+    try:
+        tokenizer = ImageTokenizer.from_pretrained(place)
+    except (ValueError, OSError):
+        if config.tokenizer is not None:
+            raise
+        return None, f"none: the tokenizer recorded beside the codes, {place}, cannot be read; give tokenizer=DIR"
+    if tokenizer.fingerprint != info.fingerprint:
+        raise ValueError(
+            f"the tokenizer in {place} is not the one that made {config.codes}: their fingerprints differ; encode the "
+            "dataset again, or give tokenizer=DIR of the right one"
+        )
+    return tokenizer.eval(), ""
+
+
+def _code_batches(
+    run: TrainingRun, split: Split, config: PriorTrainingConfig
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Endless micro-batches of codes, labels and seeds on the device."""
+    codes, labels = split
+    stream = IndexStream(
+        len(codes),
+        config.batch_size,
+        seed=config.seed,
+        start_step=run.start_step,
+        accumulation_steps=config.accumulation_steps,
+        num_processes=run.accelerator.num_processes,
+        process_index=run.accelerator.process_index,
+    )
+    for items in stream:
+        index, positions = torch.tensor(items).T
+        yield (
+            codes[index].long().to(run.device, non_blocking=True),
+            None if labels is None else labels[index].to(run.device, non_blocking=True),
+            mix(config.seed, positions).to(run.device, non_blocking=True),
+        )
+
+
+@torch.no_grad()
+def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConfig, step: int) -> None:
+    """A grid of samples, the same seeds every time; classes in turn."""
+    if not run.is_main:
+        return
+    prior: Prior = run.evaluated_model
+    index = torch.arange(config.num_samples, device=run.device)
+    labels = index % prior.config.num_classes if prior.config.num_classes else None
+    with run.accelerator.autocast():
+        codes = prior.sample(len(index), labels, seeds=mix(index, config.seed), **config.sampling)
+    columns = min(len(index), prior.config.num_classes or round(len(index) ** 0.5), 16)
+    run.log_picture(step, "samples", picture_grid(tokenizer.decode(codes), max(1, columns)))

@@ -1,0 +1,180 @@
+"""What a run leaves on disk, written whole or not at all: checkpoints with a manifest, the final model, its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.loading import read_yaml, write_yaml
+
+MANIFEST = "manifest.json"
+RESULT = "result.json"
+CONFIG = "config.yaml"
+
+# Keys that a resumed run may change: they do not change what is computed, except for where it ends.
+FREE_KEYS = {
+    "steps", "epochs", "checkpoint_every", "keep_checkpoints", "tracker", "project", "resume", "output_dir", "log_every",
+    "validate_every", "sample_every", "dry_run", "data.num_workers", "data.cache_mib",
+}  # fmt: skip
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write JSON so that the file holds either the old or the new contents."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, file)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an error, and vanishes otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if folder.is_dir():
+            folder.rmdir()  # an empty one may stand there; a full one is an error here
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def seal(partial: Path, folder: Path) -> None:
+    """Write the manifest of a finished checkpoint and give it its name."""
+    files = {file.name: _digest(file) for file in sorted(partial.iterdir()) if file.name != MANIFEST}
+    write_json(partial / MANIFEST, files)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there with the size and contents that the manifest says."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+        return bool(files) and all(_digest(checkpoint / name) == digest for name, digest in files.items())
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def newest_whole_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps whose contents are whole; broken ones are passed over."""
+    names = sorted((run / "checkpoints").glob("step-*"), reverse=True) if (run / "checkpoints").is_dir() else []
+    return next((checkpoint for checkpoint in names if is_whole(checkpoint)), None)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    for partial in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(partial)
+
+
+def save_model(save: Callable[[Path], Any], run: Path) -> None:
+    """Put a saved model into a run folder: config.json goes first and comes last, so that no half is taken for whole.
+
+    Args:
+        save: writes config.json and safetensors into the folder it is given.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=".model.partial-", dir=run))
+    try:
+        save(partial)
+        (run / "config.json").unlink(missing_ok=True)
+        for old in run.glob("*.safetensors*"):
+            old.unlink()
+        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, run / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
+    """A nested state dict as `name.safetensors` (its tensors) and `name.json` (the rest)."""
+    flat = flatten({str(key): value for key, value in _text_keys(state).items()})
+    tensors = {key: v.detach().cpu().contiguous().clone() for key, v in flat.items() if isinstance(v, torch.Tensor)}
+    save_file(tensors, folder / f"{name}.safetensors")
+    rest = {key: value for key, value in flat.items() if key not in tensors}
+    (folder / f"{name}.json").write_text(json.dumps(rest) + "\n")
+
+
+def _text_keys(state: Any) -> Any:
+    return {str(key): _text_keys(value) for key, value in state.items()} if isinstance(state, dict) else state
+
+
+def load_state(folder: Path, name: str) -> dict[str, Any]:
+    """What `save_state` wrote, one level with dotted keys."""
+    return load_file(folder / f"{name}.safetensors") | json.loads((folder / f"{name}.json").read_text())
+
+
+def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:
+    """Refuse a folder that holds something else, or a run that differs in more than `FREE_KEYS`.
+
+    Args:
+        run: the output folder, which may not exist yet.
+        config: the new run's configuration.
+        trained: whether the folder holds anything worth keeping.
+
+    Raises:
+        ValueError: with every differing key and both values.
+    """
+    if not (run / CONFIG).is_file():
+        if run.is_dir() and (found := sorted(p.name for p in run.iterdir() if not p.name.startswith("."))):
+            raise ValueError(
+                f"{run} is no run folder, but holds {', '.join(found[:6])}; choose another output_dir or empty it"
+            )
+        return
+    if not trained:
+        return
+    old, new = flatten(read_yaml(run / CONFIG)), flatten(config)
+    if ("codes" in old) != ("codes" in new):
+        raise ValueError(f"{run} holds a run of another stage; choose another output_dir")
+    differing = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if key not in FREE_KEYS and old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run} holds another run: {'; '.join(differing)}. "
+            "Choose another output_dir, or the same values to go on with it"
+        )
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    partial = run / f".{CONFIG}.partial"
+    write_yaml(partial, config)
+    os.replace(partial, run / CONFIG)

@@ -1,0 +1,197 @@
+"""Train a tokenizer: the first of the four verbs."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from configs.schema import TokenizerTrainingConfig
+from pipelines.evaluation import evaluate_tokenizer
+from pipelines.image_data import (
+    ImageDataset,
+    default_num_workers,
+    image_batches,
+    in_order,
+    prepare_dataset,
+)
+from pipelines.image_sources import ImageSource, training_splits
+from pipelines.index_stream import IndexStream
+from pipelines.pictures import reconstruction_grid
+from pipelines.training_run import TrainingRun, open_run
+from pipelines.weights import load_matching_weights
+from tokenizer import ImageTokenizer, build_tokenizer
+from tokenizer.objective import reconstruction_losses
+from tokenizer.quantizers.collectives import gather_rows
+
+
+def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
+    """Train a tokenizer on images and return its run folder, which is also the saved model.
+
+    Where the folder holds the same run already, it goes on from the newest checkpoint, or returns at once.
+
+    Raises:
+        ValueError: for anything wrong with the configuration, the data or the folder; before training where possible.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    with open_run(config) as run:
+        config = run.config  # type: ignore[assignment]
+        tokenizer = _make_tokenizer(config)
+        source, train_rows, validation_rows = training_splits(config.data, config.seed)
+        if run.plan(len(train_rows)):
+            run.print(f"{run.folder} is complete: {run.total_steps} steps")
+            return run.folder
+        train, validation = _make_datasets(run, config, tokenizer, source, train_rows, validation_rows)
+        num_workers = default_num_workers(config.data)
+        run.announce(
+            tokenizer,
+            {
+                "codes": f"{tokenizer.code_layout}, {tokenizer.code_layout.bits:,.0f} bits an image",
+                "images": f"{len(train):,} of {config.data.dataset}"
+                + (f" ({train.num_skipped} broken ones skipped)" if train.num_skipped else ""),
+                "validation": "none: give data.validation= to measure" if validation is None else f"{len(validation):,}",
+            },
+            len(train),
+        )
+        run.prepare(tokenizer)
+        stream = IndexStream(
+            len(train),
+            config.batch_size,
+            seed=config.seed,
+            start_step=run.start_step,
+            accumulation_steps=config.accumulation_steps,
+            num_processes=run.accelerator.num_processes,
+            process_index=run.accelerator.process_index,
+        )
+        if run.start_step == 0 and config.init_from is None:
+            _initialize(run, tokenizer, image_batches(train, stream, run.device, 0), config.initialize_batches)
+        batches = image_batches(train, stream, run.device, num_workers)
+        max_batches = 2 if config.dry_run else None
+        figures: dict[str, float] = {}
+
+        tokenizer.train()
+        for step in run.steps("images"):
+            tokenizer.quantizer.anneal(step / run.total_steps)
+            for batch in islice(batches, config.accumulation_steps):
+                with run.accelerator.accumulate(run.model):
+                    output = run.model(batch.images)
+                    losses = reconstruction_losses(config.objective, batch.images, output.reconstruction)
+                    losses |= output.losses
+                    loss = torch.stack(list(losses.values())).sum()
+                    run.accelerator.backward(loss)
+                    run.optimizer_step()
+                    run.add({"loss": loss, **losses, **output.metrics})
+            tokenizer.quantizer.update(step)
+            if run.due(config.log_every, step):
+                run.log_means(step)
+            if validation is not None and run.due(config.validate_every, step):
+                figures = evaluate_tokenizer(
+                    run.evaluated_model,
+                    validation,
+                    run.accelerator,
+                    batch_size=config.batch_size,
+                    num_workers=num_workers,
+                    max_batches=max_batches,
+                )
+                run.log(step, "validation", figures)
+                run.print(
+                    f"{f'step {step + 1}':>14}  PSNR {figures['psnr_db']:.2f} dB, "
+                    f"codes in use {figures['codebook_usage']:.1%}, perplexity {figures['codebook_perplexity']:.1f}"
+                )
+            if run.due(config.sample_every, step):
+                _draw(run, validation or train, step)
+            if run.due(config.checkpoint_every, step):
+                run.save_checkpoint(step + 1)
+        run.finish(figures)
+        return run.folder
+
+
+def _make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
+    """A fresh tokenizer, with the weights of `init_from` where that is given."""
+    if config.train_only == "decoder":
+        assert config.init_from is not None
+        tokenizer = ImageTokenizer.from_pretrained(config.init_from)
+        _require_same_options(config, tokenizer)
+        tokenizer.freeze_codes()
+        return tokenizer
+    tokenizer = build_tokenizer(
+        config.model,
+        config.quantizer,
+        image_size=config.data.image_size,
+        background=config.data.background,
+        interpolation=config.data.interpolation,
+    )
+    if config.init_from is not None:
+        load_matching_weights(tokenizer, ImageTokenizer.from_pretrained(config.init_from), config.init_from)
+    return tokenizer
+
+
+def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageTokenizer) -> None:
+    """Decoder tuning keeps the saved network; an option that says otherwise is refused instead of ignored."""
+    assert tokenizer.config.quantizer is not None
+    name = tokenizer.config.model_type.removeprefix("tessera-")
+    saved = {
+        "model": tokenizer.config.options() | {"name": name},
+        "quantizer": tokenizer.config.quantizer,
+        "data": tokenizer.config.preprocessing.to_dict(),
+    }
+    asked = {"model": config.model, "quantizer": config.quantizer, "data": {"image_size": config.data.image_size}}
+    for block, options in asked.items():
+        for option, value in options.items():
+            have = saved[block].get(option)
+            have = have[0] if option == "image_size" and isinstance(value, int) and len(set(have)) == 1 else have
+            if have != value:
+                raise ValueError(
+                    f"train_only=decoder keeps the tokenizer in {config.init_from}, whose {block}.{option} is {have!r}, "
+                    f"but {value!r} was asked for; leave it out, or give {block}.{option}={have}"
+                )
+
+
+def _make_datasets(
+    run: TrainingRun,
+    config: TokenizerTrainingConfig,
+    tokenizer: ImageTokenizer,
+    source: ImageSource,
+    train_rows: object,
+    validation_rows: object,
+) -> tuple[ImageDataset, ImageDataset | None]:
+    num_classes = len(source.class_names) if source.class_names else None
+    found: list[ImageDataset | None] = []
+    for rows, augmentation in ((train_rows, config.data), (validation_rows, None)):
+        if rows is None:
+            found.append(None)
+            continue
+        dataset = ImageDataset(
+            rows,  # type: ignore[arg-type]
+            tokenizer.config.preprocessing,
+            num_classes=num_classes,
+            augmentation=augmentation,
+            seed=config.seed,
+        )
+        found.append(prepare_dataset(dataset, config.data, cache_mib=config.data.cache_mib, show=run.is_main))
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: object, num_batches: int) -> None:
+    """Show the quantizer the latents of the first batches, of all processes."""
+    latents = [tokenizer.encode_latents(b.images) for b in islice(batches, num_batches)]  # type: ignore[call-overload]
+    vectors = torch.cat([latent.movedim(1, -1).flatten(0, -2).float() for latent in latents])
+    tokenizer.quantizer.initialize(gather_rows(vectors))
+    if run.averaged is not None:
+        run.averaged.module.load_state_dict(tokenizer.state_dict())
+
+
+@torch.no_grad()
+def _draw(run: TrainingRun, dataset: ImageDataset, step: int) -> None:
+    """Reconstructions of the first images of a split."""
+    if not run.is_main:
+        return
+    model = run.evaluated_model.eval()
+    batch = next(iter(image_batches(dataset, in_order(len(dataset), 16)[:1], run.device, 0)))
+    with run.accelerator.autocast():
+        reconstruction = model(batch.images).reconstruction
+    run.log_picture(step, "reconstructions", reconstruction_grid(batch.images, reconstruction.clamp(-1, 1)))
+    run.unwrapped.train()

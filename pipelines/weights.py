@@ -1,0 +1,24 @@
+"""Start a model from another one's weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def load_matching_weights(model: nn.Module, saved: nn.Module, name: str) -> None:
+    """Copy all weights of `saved` into `model`.
+
+    Raises:
+        ValueError: with tensors that are missing, surplus or of another shape.
+    """
+    mine, theirs = model.state_dict(), saved.state_dict()
+    differing = [
+        f"{key}: {tuple(theirs[key].shape) if key in theirs else 'absent'} there, "
+        f"{tuple(mine[key].shape) if key in mine else 'absent'} here"
+        for key in sorted(mine.keys() | theirs.keys())
+        if key not in mine or key not in theirs or mine[key].shape != theirs[key].shape
+    ]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ValueError(f"init_from={name} does not fit this model: {'; '.join(differing[:4])}{more}")
+    model.load_state_dict(theirs)

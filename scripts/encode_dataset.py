@@ -1,0 +1,8 @@
+"""Encode images into codes: scripts/encode_dataset.py tokenizer=DIR data.dataset=... output_dir=...; --help lists the keys."""
+
+from configs.command_line import run
+from configs.schema import EncodingConfig
+from pipelines import encode_dataset
+
+if __name__ == "__main__":
+    run(encode_dataset, EncodingConfig)

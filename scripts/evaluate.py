@@ -1,0 +1,8 @@
+"""Measure a tokenizer on images, a prior on codes, or both: scripts/evaluate.py tokenizer=DIR data.dataset=... split=test."""
+
+from configs.command_line import run
+from configs.schema import EvaluationConfig
+from pipelines import evaluate
+
+if __name__ == "__main__":
+    run(evaluate, EvaluationConfig)

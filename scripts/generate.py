@@ -1,0 +1,8 @@
+"""Sample images: scripts/generate.py tokenizer=DIR prior=DIR num_images=... labels=... seed=...; --help lists the keys."""
+
+from configs.command_line import run
+from configs.schema import GenerationConfig
+from pipelines import generate
+
+if __name__ == "__main__":
+    run(generate, GenerationConfig)

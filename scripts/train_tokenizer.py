@@ -1,0 +1,10 @@
+"""Train a tokenizer: scripts/train_tokenizer.py --config configs/tokenizer/X.yaml key=value ...; --help lists the keys."""
+
+from configs.command_line import run
+from configs.schema import TokenizerTrainingConfig
+from pipelines import train_tokenizer
+from tokenizer import TOKENIZER_CONFIGS
+from tokenizer.quantizers import QUANTIZERS
+
+if __name__ == "__main__":
+    run(train_tokenizer, TokenizerTrainingConfig, {"model": TOKENIZER_CONFIGS, "quantizer": QUANTIZERS})

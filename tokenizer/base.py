@@ -1,0 +1,214 @@
+"""The interface of every tokenizer: images to codes and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from configs.layout import CodeLayout
+from configs.pretrained import StrictConfig, StrictLoading, local_folder, saved_model_type
+from configs.schema import ImagePreprocessing
+from tokenizer.quantizers import Quantizer
+
+
+class ImageTokenizerConfig(StrictConfig):
+    """What every tokenizer's config holds.
+
+    The training writes `image_size` [height, width], `background` and `interpolation` (together with `in_channels` the
+    preprocessing of images), `quantizer` (its name and options) and, on saving, the `fingerprint`.
+    """
+
+    image_size: list[int] | int = 32
+    background: str = "white"
+    interpolation: str = "bicubic"
+    quantizer: dict[str, Any] | None = None
+    fingerprint: str | None = None
+    in_channels: int = 3
+    """Channels of images: 1 for grey, 3 for colour."""
+
+    # Fields that do not decide codes; a subclass adds those of its decoder.
+    not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"fingerprint"})
+
+    def validate(self) -> None:
+        self.quantizer = self.quantizer or {"name": "ema"}
+        self.image_size = list(self.preprocessing.size)
+
+    @property
+    def preprocessing(self) -> ImagePreprocessing:
+        """How a picture of any size and mode becomes an input of this tokenizer."""
+        return ImagePreprocessing(
+            image_size=self.image_size,
+            in_channels=self.in_channels,  # type: ignore[arg-type]
+            background=self.background,
+            interpolation=self.interpolation,  # type: ignore[arg-type]
+        )
+
+
+@dataclass
+class TokenizerOutput:
+    """What a forward pass gives."""
+
+    reconstruction: Tensor
+    """`(B, C, H, W)`, about [-1, 1], not clamped."""
+    codes: Tensor
+    """`(B, *code_layout.shape)` int64."""
+    losses: dict[str, Tensor]
+    """The quantizer's weighted losses; the objective adds the reconstruction's."""
+    metrics: dict[str, Tensor]
+    """Detached scalars to log."""
+
+
+class ImageTokenizer(StrictLoading, PreTrainedModel):
+    """Images `(B, C, H, W)` in [-1, 1] to codes `(B, *code_layout.shape)` and back.
+
+    A subclass has three submodules, `encoder`, `quantizer` and `decoder`, and calls `check_codes_fit` when they stand.
+    """
+
+    config_class = ImageTokenizerConfig
+    config: ImageTokenizerConfig
+    main_input_name = "images"
+    downsampling_factor: int
+    """Pixels of a position's side."""
+    encoder: nn.Module
+    quantizer: Quantizer
+    decoder: nn.Module
+    _codes_frozen = False
+
+    @abstractmethod
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents `(B, D, *grid)` of images `(B, C, H, W)`, before quantization."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images `(B, C, H, W)`, not clamped, of quantized latents `(B, D, *grid)`."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images this tokenizer was made for."""
+        return (self.config.in_channels, *self.config.preprocessing.size)
+
+    @property
+    def code_layout(self) -> CodeLayout:
+        """What this tokenizer's codes mean, at its image size."""
+        _, height, width = self.image_shape
+        factor = self.downsampling_factor
+        return self.quantizer.code_layout((height // factor, width // factor))
+
+    def check_size_fits(self) -> None:
+        """Raise a ValueError where the image size is not a multiple of the downsampling factor."""
+        _, height, width = self.image_shape
+        factor = self.downsampling_factor
+        if height % factor or width % factor:
+            raise ValueError(
+                f"images of {height}x{width} pixels do not divide into patches of {factor}x{factor}: height and width "
+                f"must be multiples of the downsampling factor; "
+                f"try {max(factor, round(height / factor) * factor)}x{max(factor, round(width / factor) * factor)}"
+            )
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"expected images (B, {', '.join(map(str, self.image_shape))}), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"expected images as floating point in [-1, 1], got {images.dtype}")
+        return images.to(self.dtype)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Encode, quantize and decode images `(B, C, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: where the images have another shape or are integers.
+        """
+        quantized = self.quantizer(self.encode_latents(self._check_images(images)))
+        reconstruction = self.decode_latents(quantized.quantized.to(self.dtype))
+        return TokenizerOutput(reconstruction, quantized.codes, quantized.losses, quantized.metrics)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes `(B, *code_layout.shape)` int64 of images `(B, C, H, W)` in [-1, 1]."""
+        return self.quantizer(self.encode_latents(self._check_images(images))).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1], clamped, of codes `(B, *code_layout.shape)` int64.
+
+        Raises:
+            ValueError: where the codes have another shape, or are not in [0, K).
+        """
+        self.code_layout.split(codes)
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.code_layout.vocab_size:
+            raise ValueError(
+                f"codes of [{self.code_layout}] are in [0, {self.code_layout.vocab_size}), "
+                f"got {int(codes.min())} to {int(codes.max())}"
+            )
+        return self.decode_latents(self.quantizer.decode(codes).to(self.dtype)).clamp(-1, 1)
+
+    def freeze_codes(self) -> None:
+        """Leave only the decoder to train: encoder and quantizer keep their values, and so every code."""
+        self._codes_frozen = True
+        self.requires_grad_(False)
+        self.decoder.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self._codes_frozen:
+            self.encoder.eval()
+            self.quantizer.eval()
+        return self
+
+    def _code_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that decide codes: encoder and quantizer without counters, by name."""
+        bookkeeping = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            if isinstance(module, Quantizer)
+            for name in module.bookkeeping
+        }
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.startswith("decoder.") and name not in bookkeeping:
+                yield name, tensor
+
+    def compute_fingerprint(self) -> str:
+        """SHA-256 over what decides codes: configuration of encoder and quantizer, and their tensors as float32."""
+        options = {k: v for k, v in self.config.options().items() if k not in self.config.not_in_fingerprint}
+        digest = hashlib.sha256(json.dumps([self.config.model_type, options], sort_keys=True).encode())
+        for name, tensor in self._code_tensors():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            values = tensor.float() if tensor.is_floating_point() else tensor
+            digest.update(values.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the codes of a saved tokenizer; computed when it is saved, and kept by casts and moves."""
+        return self.config.fingerprint or self.compute_fingerprint()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save config and weights; the fingerprint is computed anew where the tensors are float32."""
+        tensors = dict(self._code_tensors())
+        if self.config.fingerprint is None or all(t.dtype in (torch.float32, torch.bool) for t in tensors.values()):
+            self.config.fingerprint = self.compute_fingerprint()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved tokenizer of whichever kind the folder or hub repository holds.
+
+        Raises:
+            ValueError: where there is none, or its weights do not fit.
+        """
+        from tokenizer import TOKENIZERS  # the table imports this file
+
+        folder = local_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", ""))
+        found = TOKENIZERS[saved_model_type(folder, TOKENIZERS, "tokenizer")]
+        if not issubclass(found, cls):
+            raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
+        return super(ImageTokenizer, found).from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
