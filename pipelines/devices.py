@@ -8,12 +8,17 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, otherwise the CPU."""
+    """The accelerator where there is one and Accelerate is not told to leave it, otherwise the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")
 
@@ -35,6 +40,17 @@ def resolve_mixed_precision(choice: str, device: torch.device) -> str:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if native else "no"
     return "no"
+
+
+def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator:
+    """Accelerate's object for this process, with `auto` precision resolved for the device it chooses.
+
+    Raises:
+        ValueError: for a precision that the device does not have.
+    """
+    # Accelerate keeps the first precision for all later objects of a process; one process may train and then encode.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(mixed_precision=resolve_mixed_precision(mixed_precision, default_device()), **options)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

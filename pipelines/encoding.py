@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configs.schema import EncodingConfig
 from pipelines.code_data import CodeInfo, code_dtype, is_code_dataset, load_codes, make_split
-from pipelines.devices import autocast, explain_out_of_memory, resolve_mixed_precision
+from pipelines.devices import explain_out_of_memory, make_accelerator
 from pipelines.image_data import ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import load_source, resolve_dataset_name
 from pipelines.run_folder import whole_folder
@@ -29,8 +29,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
     Raises:
         ValueError: where a folder is missing or of the wrong kind, or `output_dir` holds something else.
     """
-    accelerator = Accelerator(mixed_precision="no")
-    precision = resolve_mixed_precision(config.mixed_precision, accelerator.device)
+    accelerator = make_accelerator(config.mixed_precision)
     tokenizer = ImageTokenizer.from_pretrained(config.tokenizer).to(accelerator.device).eval()
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     origin = {
@@ -39,7 +38,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
         "image_column": config.data.image_column,
         "label_column": config.data.label_column,
         "skip_broken": config.data.skip_broken,
-        "mixed_precision": precision,
+        "mixed_precision": accelerator.mixed_precision,
     }
     output = Path(config.output_dir)
     if _is_done(output, tokenizer.fingerprint, origin):
@@ -72,7 +71,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
             print(f"{name}: skipped {dataset.num_skipped} broken images")
         labels[name] = dataset.labels.numpy()
         with explain_out_of_memory(f"lower batch_size={config.batch_size}"):
-            codes = _encode_block(tokenizer, dataset, accelerator, config, precision, name)
+            codes = _encode_block(tokenizer, dataset, accelerator, config, name)
         np.save(scratch / f"{name}-{accelerator.process_index}.npy", codes)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -96,7 +95,6 @@ def _encode_block(
     dataset: ImageDataset,
     accelerator: Accelerator,
     config: EncodingConfig,
-    precision: str,
     name: str,
 ) -> np.ndarray:
     """The codes `(n, num_codes)` of this process's contiguous block of a split, in the smallest type."""
@@ -110,7 +108,7 @@ def _encode_block(
     )
     with bar:
         for batch in image_batches(dataset, mine, accelerator.device, default_num_workers(config.data)):
-            with autocast(precision, accelerator.device):
+            with accelerator.autocast():
                 found = tokenizer.encode(batch.images)
             codes.append(found.flatten(1).cpu().numpy().astype(codes[0].dtype))
             bar.update(len(found))

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.schema import EvaluationConfig
 from pipelines import metrics
 from pipelines.code_data import load_code_info, load_code_tensor
-from pipelines.devices import describe_hardware, explain_out_of_memory, resolve_mixed_precision
+from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator
 from pipelines.image_data import ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import load_source
 from prior import Prior
@@ -118,9 +118,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     Raises:
         ValueError: where a folder, split or column does not exist, or codes are of another layout.
     """
-    device = Accelerator().device
-    precision = resolve_mixed_precision(config.mixed_precision, device)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = make_accelerator(config.mixed_precision)
+    device = accelerator.device
     figures: dict[str, Any] = {}
     with explain_out_of_memory(f"lower batch_size={config.batch_size}"):
         if config.tokenizer is not None:
@@ -153,7 +152,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
                 image_shape=info.image_shape,
             )
             figures |= found | {"num_coded_images": len(codes)}
-    figures |= {"hardware": describe_hardware(device), "mixed_precision": precision}
+    figures |= {"hardware": describe_hardware(device), "mixed_precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
         for name, value in figures.items():
             print(f"{name:>28}  {value:.4f}" if isinstance(value, float) else f"{name:>28}  {value}")

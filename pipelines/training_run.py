@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import tempfile
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configs.schema import RunConfig
-from pipelines.devices import describe_hardware, explain_out_of_memory, resolve_mixed_precision
+from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator
 from pipelines.run_folder import (
     RESULT,
     checkpoint_folder,
@@ -58,7 +57,7 @@ class TrainingRun:
         total_steps: optimizer steps in all; set by `plan`.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device | None = None) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
         self.checkpoint = newest_whole_checkpoint(self.folder)
@@ -358,12 +357,8 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
             raise ValueError("tracker=tensorboard needs the package tensorboard: pip install 'tessera-images[tensorboard]'")
     if config.tracker != "none":
         logging = config.tracker
-    # The device is only known to Accelerate, so the precision is resolved for the one it is going to choose.
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    kind = torch.device("cpu") if cpu else torch.accelerator.current_accelerator(check_available=True)
-    precision = resolve_mixed_precision(config.mixed_precision, kind or torch.device("cpu"))
-    return Accelerator(
-        mixed_precision=precision,
+    return make_accelerator(
+        config.mixed_precision,
         gradient_accumulation_steps=config.accumulation_steps,
         log_with=logging,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
