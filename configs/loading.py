@@ -140,7 +140,7 @@ def help_text(cls: type[Schema], choices: Choices | None = None) -> str:
             if isinstance(hint, type) and issubclass(hint, Schema):
                 walk(hint, f"{prefix}{f.name}.")
                 continue
-            default = f.default
+            default: Any = f.default
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
             if f.name in choices:

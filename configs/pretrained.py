@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from configs.validation import coerce, did_you_mean, field_hints
@@ -73,7 +73,7 @@ class StrictLoading:
                 f"the weights in {pretrained_model_name_or_path} do not fit {cls.__name__}: {found}; "
                 "was the folder edited, or saved by another version?"
             )
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
 
 def local_folder(name_or_path: str | Path, subfolder: str = "") -> Path:
@@ -103,7 +103,9 @@ def saved_model_type(folder: Path, known: Mapping[str, Any], what: str) -> str:
     if not file.is_file():
         contents = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         hint = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
-        raise ValueError(f"{folder} holds no saved {what} (config.json is missing; found: {contents or 'nothing'}){hint}")
+        raise ValueError(
+            f"{folder} holds no saved {what} (config.json is missing; found: {contents or 'nothing'}){hint}"
+        )
     try:
         model_type = str(json.loads(file.read_text()).get("model_type")).removeprefix("tessera-")
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:

@@ -140,10 +140,6 @@ class RunConfig(Schema):
             raise ValueError(f"betas should be two numbers in [0, 1), got {self.betas}")
 
 
-def _block(name: str) -> Any:
-    return field(default_factory=lambda: {"name": name})
-
-
 @dataclass
 class ObjectiveConfig(Schema):
     """What a tokenizer is trained on, besides its quantizer's own losses."""
@@ -158,9 +154,9 @@ class TokenizerTrainingConfig(RunConfig):
 
     output_dir: str = "runs/tokenizer"
     """The run folder: config.yaml, metrics.jsonl, images/, checkpoints/ and the final model."""
-    model: dict[str, Any] = _block("vqvae")
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "vqvae"})
     """The network: name, then its options."""
-    quantizer: dict[str, Any] = _block("ema")
+    quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "ema"})
     """The quantizer: name, then its options."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The reconstruction's terms."""
@@ -208,7 +204,7 @@ class PriorTrainingConfig(RunConfig):
     """Split to train on."""
     validation: Annotated[float, Range(0, 0.9)] | str | None = None
     """A split, or a share such as 0.02 drawn by seed; by default the split validation or test."""
-    model: dict[str, Any] = _block("gpt")
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "gpt"})
     """The prior: name, then its options."""
     class_conditional: bool = True
     """Condition on the classes of the code dataset, where it has any."""

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -52,10 +53,10 @@ def field_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError):
             continue
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, doc in zip(statements, statements[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
-                if isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
-                    docs[field.target.id] = " ".join(doc.value.value.split())
+        for field, doc in itertools.pairwise(statements):
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 

@@ -77,9 +77,9 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn the several kinds of running out of memory into a ValueError that says what to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is the CPU's
         text = str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in text and "out of memory" not in text.lower():
-                raise
+        of_memory = "can't allocate memory" in text or "out of memory" in text.lower()
+        if isinstance(error, RuntimeError) and not of_memory:
+            raise
         raise ValueError(f"out of memory ({text.splitlines()[0] if text else 'no details'}); {advice}") from error

@@ -31,7 +31,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
     """
     accelerator = make_accelerator(config.mixed_precision)
     tokenizer = ImageTokenizer.from_pretrained(config.tokenizer).to(accelerator.device).eval()
-    tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tokenizer.to(memory_format=torch.channels_last)
     origin = {
         "dataset": resolve_dataset_name(config.data.dataset),
         "name": config.data.name,
@@ -104,7 +104,10 @@ def _encode_block(
     mine = batches[accelerator.process_index * size : (accelerator.process_index + 1) * size]
     codes = [np.empty((0, layout.num_codes), code_dtype(layout.vocab_size))]
     bar = tqdm(
-        total=sum(map(len, mine)), desc=f"encoding {name}", unit="img", disable=None if accelerator.is_main_process else True
+        total=sum(map(len, mine)),
+        desc=f"encoding {name}",
+        unit="img",
+        disable=None if accelerator.is_main_process else True,
     )
     with bar:
         for batch in image_batches(dataset, mine, accelerator.device, default_num_workers(config.data)):
@@ -137,5 +140,3 @@ def _is_done(output: Path, fingerprint: str, origin: dict[str, Any]) -> bool:
     if differing:
         raise ValueError(f"{output} holds other codes: {'; '.join(differing)}; choose another output_dir")
     return True
-
-

@@ -126,9 +126,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             tokenizer = ImageTokenizer.from_pretrained(config.tokenizer).to(device)
             source = load_source(config.data)
             num_classes = len(source.class_names) if source.class_names else None
-            dataset = ImageDataset(
-                source.split(config.split), tokenizer.config.preprocessing, num_classes=num_classes
-            )
+            dataset = ImageDataset(source.split(config.split), tokenizer.config.preprocessing, num_classes=num_classes)
             prepare_dataset(dataset, config.data, cache_mib=0, show=accelerator.is_main_process)
             figures |= evaluate_tokenizer(
                 tokenizer,
@@ -160,4 +158,3 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
             Path(config.output_file).write_text(json.dumps(figures | {"config": asdict(config)}, indent=2) + "\n")
     return figures
-

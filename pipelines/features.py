@@ -24,7 +24,11 @@ class Classifier(nn.Module):
         layers: list[nn.Module] = []
         channels = in_channels
         for out_channels in (width // 4, width // 2, width):
-            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out_channels, 3, stride=2, padding=1),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(),
+            ]
             channels = out_channels
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(width, num_classes)
@@ -50,7 +54,7 @@ def _shifted(images: Tensor, seeds: Tensor, reach: int) -> Tensor:
 def train_classifier(
     images: Tensor, labels: Tensor, num_classes: int, *, seed: int = 0, num_steps: int = 400, batch_size: int = 64
 ) -> Classifier:
-    """A classifier of images `(N, C, H, W)` in [-1, 1] with labels `(N,)`, in eval mode; shifts are the augmentation."""
+    """A classifier of images `(N, C, H, W)` in [-1, 1] with labels `(N,)`, in eval mode; shifts augment."""
     torch.manual_seed(seed)
     classifier = Classifier(images.shape[1], num_classes).to(images.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)

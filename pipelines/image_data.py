@@ -179,7 +179,7 @@ class _CheckedRows(torch.utils.data.Dataset):
 def _loader(dataset: Any, batches: Iterable, num_workers: int) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_identity,
         prefetch_factor=4 if num_workers else None,

@@ -77,7 +77,7 @@ class ImageGenerationPipeline:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move both models to a device, cast them to a floating type, or both."""
         for model in (self.tokenizer, self.prior):
-            model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+            model.to(device=device, dtype=dtype)
         return self
 
     def label_number(self, label: int | str) -> int:
@@ -228,9 +228,7 @@ class ImageGenerationPipeline:
         return cls.from_parts(folder / "tokenizer", folder / "prior", dtype=dtype)
 
     @classmethod
-    def from_parts(
-        cls, tokenizer: str | Path, prior: str | Path, *, dtype: torch.dtype | None = None
-    ) -> Self:
+    def from_parts(cls, tokenizer: str | Path, prior: str | Path, *, dtype: torch.dtype | None = None) -> Self:
         """Put a pipeline together from the run folders or saved models of a tokenizer and a prior.
 
         Raises:

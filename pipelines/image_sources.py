@@ -200,8 +200,8 @@ def training_splits(config: DataConfig, seed: int) -> tuple[ImageSource, dataset
         other = load_source(SourceConfig(choice, None, config.image_column, config.label_column))
         if other.class_names != source.class_names:
             raise ValueError(f"data.validation={choice} has other classes than {config.dataset}")
-        names = [n for n in ("validation", "test") if n in other.splits] or list(other.splits)
-        return source, train, other.splits[names[0]]
+        preferred = [name for name in ("validation", "test") if name in other.splits]
+        return source, train, other.splits[[*preferred, *other.splits][0]]
     return source, train, source.split(choice)
 
 
@@ -220,5 +220,3 @@ def resolve_dataset_name(name: str) -> str:
     """An absolute path for a local dataset, so that a run folder means the same from anywhere; else the name."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() or "*" in name else name
-
-

@@ -12,7 +12,7 @@ from pipelines.image_data import to_uint8
 
 
 def picture_grid(images: Tensor, columns: int) -> Image.Image:
-    """Images `(B, C, H, W)` in [-1, 1] in rows of `columns`, two pixels apart, small ones enlarged two or more times."""
+    """Images `(B, C, H, W)` in [-1, 1] in rows of `columns`, two pixels apart, small ones enlarged."""
     pixels = to_uint8(images.detach().cpu())
     enlarge = max(1, min(8, 64 // pixels.shape[-2]))
     pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)

@@ -43,7 +43,6 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         prior = _make_prior(config, info)
         train, validation = _load_splits(config, prior.config.num_classes > 0)
         if run.plan(len(train[0])):
-            run.print(f"{run.folder} is complete: {run.total_steps} steps")
             return run.folder
         tokenizer, why_no_pictures = _find_tokenizer(config, info)
         classes = f"{prior.config.num_classes} classes" if prior.config.num_classes else "no classes"
@@ -64,33 +63,24 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         figures: dict[str, float] = {}
 
         prior.train()
-        for step in run.steps("images"):
+        for step in run.steps():
             for codes, labels, seeds in islice(batches, config.accumulation_steps):
                 with run.accelerator.accumulate(run.model):
                     output = run.model(codes, labels, seeds=seeds)
                     run.accelerator.backward(output.loss)
                     run.optimizer_step()
-                    run.add({"loss": output.loss, **output.metrics})
+                    run.log.add({"loss": output.loss, **output.metrics})
+            run.update_average()
             if run.due(config.log_every, step):
                 run.log_means(step)
-            if validation is not None and run.due(config.validate_every, step):
-                figures = evaluate_prior(
-                    run.evaluated_model,
-                    *validation,
-                    run.accelerator,
-                    batch_size=config.batch_size,
-                    image_shape=info.image_shape,
-                    max_batches=2 if config.dry_run else None,
-                )
-                run.log(step, "validation", figures)
-                run.print(
-                    f"{f'step {step + 1}':>14}  {figures['bits_per_code']:.3f} bits per code "
-                    f"(histogram: {figures['first_order_bits_per_code']:.3f})"
-                )
+            if run.due(config.validate_every, step):
+                figures = _validate(run, validation, info, step)
             if tokenizer is not None and run.due(config.sample_every, step):
                 _draw(run, tokenizer, config, step)
             if run.due(config.checkpoint_every, step):
-                run.save_checkpoint(step + 1)
+                run.save_checkpoint(step)
+        # All steps were done by an earlier sitting that was stopped before it could finish.
+        figures = figures or _validate(run, validation, info, run.total_steps - 1)
         run.finish(figures)
         return run.folder
 
@@ -183,6 +173,26 @@ def _code_batches(
         )
 
 
+def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: int) -> dict[str, float]:
+    """Figures over the validation split, logged; none where there is no such split."""
+    if validation is None:
+        return {}
+    figures = evaluate_prior(
+        run.evaluated_model,
+        *validation,
+        run.accelerator,
+        batch_size=run.config.batch_size,
+        image_shape=info.image_shape,
+        max_batches=2 if run.config.dry_run else None,
+    )
+    run.log.write(step, "validation", run.seconds, figures)
+    run.log.print(
+        f"{figures['bits_per_code']:.3f} bits per code (histogram: {figures['first_order_bits_per_code']:.3f})",
+        f"step {step + 1}",
+    )
+    return figures
+
+
 @torch.no_grad()
 def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConfig, step: int) -> None:
     """A grid of samples, the same seeds every time; classes in turn."""
@@ -194,4 +204,4 @@ def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConf
     with run.accelerator.autocast():
         codes = prior.sample(len(index), labels, seeds=mix(index, config.seed), **config.sampling)
     columns = min(len(index), prior.config.num_classes or round(len(index) ** 0.5), 16)
-    run.log_picture(step, "samples", picture_grid(tokenizer.decode(codes), max(1, columns)))
+    run.log.picture(step, "samples", picture_grid(tokenizer.decode(codes), max(1, columns)))

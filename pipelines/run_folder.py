@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from configs.loading import read_yaml, write_yaml
 
 MANIFEST = "manifest.json"
@@ -23,9 +20,14 @@ CONFIG = "config.yaml"
 
 # Keys that a resumed run may change: they do not change what is computed, except for where it ends.
 FREE_KEYS = {
-    "steps", "epochs", "checkpoint_every", "keep_checkpoints", "tracker", "project", "resume", "output_dir", "log_every",
-    "validate_every", "sample_every", "dry_run", "data.num_workers", "data.cache_mib",
+    "steps", "epochs", "checkpoint_every", "keep_checkpoints", "tracker", "project", "resume", "output_dir",
+    "log_every", "validate_every", "sample_every", "dry_run", "data.num_workers", "data.cache_mib",
 }  # fmt: skip
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The contents of a JSON file, None where there is none."""
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -119,24 +121,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
-    """A nested state dict as `name.safetensors` (its tensors) and `name.json` (the rest)."""
-    flat = flatten({str(key): value for key, value in _text_keys(state).items()})
-    tensors = {key: v.detach().cpu().contiguous().clone() for key, v in flat.items() if isinstance(v, torch.Tensor)}
-    save_file(tensors, folder / f"{name}.safetensors")
-    rest = {key: value for key, value in flat.items() if key not in tensors}
-    (folder / f"{name}.json").write_text(json.dumps(rest) + "\n")
-
-
-def _text_keys(state: Any) -> Any:
-    return {str(key): _text_keys(value) for key, value in state.items()} if isinstance(state, dict) else state
-
-
-def load_state(folder: Path, name: str) -> dict[str, Any]:
-    """What `save_state` wrote, one level with dotted keys."""
-    return load_file(folder / f"{name}.safetensors") | json.loads((folder / f"{name}.json").read_text())
 
 
 def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:

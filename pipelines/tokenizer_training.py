@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,6 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         tokenizer = _make_tokenizer(config)
         source, train_rows, validation_rows = training_splits(config.data, config.seed)
         if run.plan(len(train_rows)):
-            run.print(f"{run.folder} is complete: {run.total_steps} steps")
             return run.folder
         train, validation = _make_datasets(run, config, tokenizer, source, train_rows, validation_rows)
         num_workers = default_num_workers(config.data)
@@ -50,7 +50,9 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 "codes": f"{tokenizer.code_layout}, {tokenizer.code_layout.bits:,.0f} bits an image",
                 "images": f"{len(train):,} of {config.data.dataset}"
                 + (f" ({train.num_skipped} broken ones skipped)" if train.num_skipped else ""),
-                "validation": "none: give data.validation= to measure" if validation is None else f"{len(validation):,}",
+                "validation": "none: give data.validation= to measure"
+                if validation is None
+                else f"{len(validation):,}",
             },
             len(train),
         )
@@ -67,11 +69,10 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         if run.start_step == 0 and config.init_from is None:
             _initialize(run, tokenizer, image_batches(train, stream, run.device, 0), config.initialize_batches)
         batches = image_batches(train, stream, run.device, num_workers)
-        max_batches = 2 if config.dry_run else None
         figures: dict[str, float] = {}
 
         tokenizer.train()
-        for step in run.steps("images"):
+        for step in run.steps():
             tokenizer.quantizer.anneal(step / run.total_steps)
             for batch in islice(batches, config.accumulation_steps):
                 with run.accelerator.accumulate(run.model):
@@ -81,28 +82,19 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                     loss = torch.stack(list(losses.values())).sum()
                     run.accelerator.backward(loss)
                     run.optimizer_step()
-                    run.add({"loss": loss, **losses, **output.metrics})
+                    run.log.add({"loss": loss, **losses, **output.metrics})
             tokenizer.quantizer.update(step)
+            run.update_average()
             if run.due(config.log_every, step):
                 run.log_means(step)
-            if validation is not None and run.due(config.validate_every, step):
-                figures = evaluate_tokenizer(
-                    run.evaluated_model,
-                    validation,
-                    run.accelerator,
-                    batch_size=config.batch_size,
-                    num_workers=num_workers,
-                    max_batches=max_batches,
-                )
-                run.log(step, "validation", figures)
-                run.print(
-                    f"{f'step {step + 1}':>14}  PSNR {figures['psnr_db']:.2f} dB, "
-                    f"codes in use {figures['codebook_usage']:.1%}, perplexity {figures['codebook_perplexity']:.1f}"
-                )
+            if run.due(config.validate_every, step):
+                figures = _validate(run, validation, num_workers, step)
             if run.due(config.sample_every, step):
                 _draw(run, validation or train, step)
             if run.due(config.checkpoint_every, step):
-                run.save_checkpoint(step + 1)
+                run.save_checkpoint(step)
+        # All steps were done by an earlier sitting that was stopped before it could finish.
+        figures = figures or _validate(run, validation, num_workers, run.total_steps - 1)
         run.finish(figures)
         return run.folder
 
@@ -129,22 +121,22 @@ def _make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
 
 def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageTokenizer) -> None:
     """Decoder tuning keeps the saved network; an option that says otherwise is refused instead of ignored."""
-    assert tokenizer.config.quantizer is not None
     name = tokenizer.config.model_type.removeprefix("tessera-")
-    saved = {
+    saved: dict[str, dict[str, Any]] = {
         "model": tokenizer.config.options() | {"name": name},
-        "quantizer": tokenizer.config.quantizer,
+        "quantizer": tokenizer.config.quantizer or {},
         "data": tokenizer.config.preprocessing.to_dict(),
     }
     asked = {"model": config.model, "quantizer": config.quantizer, "data": {"image_size": config.data.image_size}}
     for block, options in asked.items():
         for option, value in options.items():
             have = saved[block].get(option)
-            have = have[0] if option == "image_size" and isinstance(value, int) and len(set(have)) == 1 else have
+            if option == "image_size":
+                value = [value, value] if isinstance(value, int) else value
             if have != value:
                 raise ValueError(
-                    f"train_only=decoder keeps the tokenizer in {config.init_from}, whose {block}.{option} is {have!r}, "
-                    f"but {value!r} was asked for; leave it out, or give {block}.{option}={have}"
+                    f"train_only=decoder keeps the tokenizer in {config.init_from}, whose {block}.{option} is "
+                    f"{have!r}, but {value!r} was asked for; leave it out, or give {block}.{option}={have}"
                 )
 
 
@@ -163,7 +155,7 @@ def _make_datasets(
             found.append(None)
             continue
         dataset = ImageDataset(
-            rows,  # type: ignore[arg-type]
+            rows,
             tokenizer.config.preprocessing,
             num_classes=num_classes,
             augmentation=augmentation,
@@ -184,6 +176,27 @@ def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: object, nu
         run.averaged.module.load_state_dict(tokenizer.state_dict())
 
 
+def _validate(run: TrainingRun, validation: ImageDataset | None, num_workers: int, step: int) -> dict[str, float]:
+    """Figures over the validation split, logged; none where there is no such split."""
+    if validation is None:
+        return {}
+    figures = evaluate_tokenizer(
+        run.evaluated_model,
+        validation,
+        run.accelerator,
+        batch_size=run.config.batch_size,
+        num_workers=num_workers,
+        max_batches=2 if run.config.dry_run else None,
+    )
+    run.log.write(step, "validation", run.seconds, figures)
+    run.log.print(
+        f"PSNR {figures['psnr_db']:.2f} dB, codes in use {figures['codebook_usage']:.1%}, "
+        f"perplexity {figures['codebook_perplexity']:.1f}",
+        f"step {step + 1}",
+    )
+    return figures
+
+
 @torch.no_grad()
 def _draw(run: TrainingRun, dataset: ImageDataset, step: int) -> None:
     """Reconstructions of the first images of a split."""
@@ -193,5 +206,5 @@ def _draw(run: TrainingRun, dataset: ImageDataset, step: int) -> None:
     batch = next(iter(image_batches(dataset, in_order(len(dataset), 16)[:1], run.device, 0)))
     with run.accelerator.autocast():
         reconstruction = model(batch.images).reconstruction
-    run.log_picture(step, "reconstructions", reconstruction_grid(batch.images, reconstruction.clamp(-1, 1)))
+    run.log.picture(step, "reconstructions", reconstruction_grid(batch.images, reconstruction.clamp(-1, 1)))
     run.unwrapped.train()

@@ -118,7 +118,9 @@ class Prior(StrictLoading, PreTrainedModel):
             # In training on an accelerator, reading a number back would make every step wait; loading has checked it.
             checked = part.numel() > 0 and not (self.training and part.is_cuda)
             if checked and not 0 <= int(part.min()) <= int(part.max()) < grid.vocab_size:
-                raise ValueError(f"codes of [{grid}] are in [0, {grid.vocab_size}), got {int(part.min())} to {int(part.max())}")
+                raise ValueError(
+                    f"codes of [{grid}] are in [0, {grid.vocab_size}), got {int(part.min())} to {int(part.max())}"
+                )
             flat.append(part)
         return torch.cat(flat, dim=1).long()
 
@@ -137,7 +139,8 @@ class Prior(StrictLoading, PreTrainedModel):
         checked = batch_size > 0 and not (self.training and labels.is_cuda)
         if checked and not 0 <= int(labels.min()) <= int(labels.max()) <= self.config.num_classes:
             raise ValueError(
-                f"this prior has classes 0 to {self.config.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+                f"this prior has classes 0 to {self.config.num_classes - 1}, "
+                f"got {int(labels.min())} to {int(labels.max())}"
             )
         return labels.to(self.device)
 
@@ -154,7 +157,9 @@ class Prior(StrictLoading, PreTrainedModel):
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale should be 0 or more, got {guidance_scale}")
         if guidance_scale != 1 and labels is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs labels to guide towards; give labels, or leave it at 1")
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs labels to guide towards; give labels, or leave it at 1"
+            )
         if guidance_scale != 1 and self.config.label_dropout == 0:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a prior trained with label dropout, but this one was trained "
@@ -166,8 +171,8 @@ class Prior(StrictLoading, PreTrainedModel):
         self.code_layout.require_equal(layout, "the prior", name)
         if self.config.fingerprint != fingerprint:
             raise ValueError(
-                f"the prior was trained on codes of another tokenizer than {name}: both have [{layout}], but the "
-                f"fingerprints are {str(self.config.fingerprint)[:12]} and {fingerprint[:12]}; decoding would give garbage"
+                f"the prior was trained on codes of another tokenizer than {name}: both have [{layout}], but the fingerprints "
+                f"are {str(self.config.fingerprint)[:12]} and {fingerprint[:12]}, so decoding would give garbage"
             )
 
     @classmethod
@@ -183,4 +188,4 @@ class Prior(StrictLoading, PreTrainedModel):
         found = PRIORS[saved_model_type(folder, PRIORS, "prior")]
         if not issubclass(found, cls):
             raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
-        return super(Prior, found).from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        return super(Prior, found).from_pretrained(folder, *args, **kwargs)

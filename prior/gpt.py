@@ -28,7 +28,7 @@ class GPTConfig(PriorConfig):
     num_heads: Count = 6
     """Attention heads; width / num_heads must be a multiple of 4."""
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
-    """Dropout of embeddings and residual branches in training; dropping attention weights would rule out fused kernels."""
+    """Dropout of embeddings and residual branches in training. Attention weights keep theirs: fused kernels need it."""
 
 
 class GPT(Prior):
@@ -86,7 +86,7 @@ class GPT(Prior):
             labels: `(B,)` int64 in [0, num_classes]; None is "no class".
         """
         flat = self.check_codes(codes)
-        B, L = flat.shape
+        B = len(flat)
         offsets, sizes = self._tables(flat.device)
         earlier = self.code_embedding(flat[:, :-1] + offsets[:-1])
         x = torch.cat([self.start.expand(B, 1, -1), earlier], dim=1)  # (B, L, width)
@@ -145,7 +145,8 @@ class GPT(Prior):
             hidden = self.transformer((x + where[:, j])[:, None], cos[here], sin[here], causal=True, cache=cache)
             logits = self._hide_foreign_codes(self.head(hidden), sizes[here])[:, 0]
             if guided:
-                logits = guide(*logits.chunk(2), guidance_scale)
+                conditional, unconditional = logits.chunk(2)
+                logits = guide(conditional, unconditional, guidance_scale)
             logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
             codes[:, j] = draw(logits, uniforms[:, j])
             x = self.code_embedding(codes[:, j] + offsets[j])

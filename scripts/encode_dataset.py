@@ -1,4 +1,4 @@
-"""Encode images into codes: scripts/encode_dataset.py tokenizer=DIR data.dataset=... output_dir=...; --help lists the keys."""
+"""Encode images: scripts/encode_dataset.py tokenizer=DIR data.dataset=... output_dir=...; --help lists the keys."""
 
 from configs.command_line import run
 from configs.schema import EncodingConfig

@@ -1,4 +1,4 @@
-"""Measure a tokenizer on images, a prior on codes, or both: scripts/evaluate.py tokenizer=DIR data.dataset=... split=test."""
+"""Measure a tokenizer on images, a prior on codes, or both: scripts/evaluate.py tokenizer=DIR data.dataset=..."""
 
 from configs.command_line import run
 from configs.schema import EvaluationConfig

@@ -1,4 +1,4 @@
-"""Sample images: scripts/generate.py tokenizer=DIR prior=DIR num_images=... labels=... seed=...; --help lists the keys."""
+"""Sample images: scripts/generate.py tokenizer=DIR prior=DIR num_images=... labels=...; --help lists the keys."""
 
 from configs.command_line import run
 from configs.schema import GenerationConfig

@@ -1,4 +1,4 @@
-"""Train a prior: scripts/train_prior.py --config configs/prior/X.yaml codes=DIR key=value ...; --help lists the keys."""
+"""Train a prior: scripts/train_prior.py --config configs/prior/X.yaml codes=DIR key=value; --help lists the keys."""
 
 from configs.command_line import run
 from configs.schema import PriorTrainingConfig

@@ -1,4 +1,4 @@
-"""Train a tokenizer: scripts/train_tokenizer.py --config configs/tokenizer/X.yaml key=value ...; --help lists the keys."""
+"""Train a tokenizer: scripts/train_tokenizer.py --config FILE.yaml key=value ...; --help lists the keys."""
 
 from configs.command_line import run
 from configs.schema import TokenizerTrainingConfig

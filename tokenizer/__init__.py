@@ -26,4 +26,11 @@ def build_tokenizer(model: Mapping[str, Any], quantizer: Mapping[str, Any], **wr
     return TOKENIZERS[model["name"]](config)
 
 
-__all__ = ["TOKENIZERS", "TOKENIZER_CONFIGS", "ImageTokenizer", "ImageTokenizerConfig", "TokenizerOutput", "build_tokenizer"]
+__all__ = [
+    "TOKENIZERS",
+    "TOKENIZER_CONFIGS",
+    "ImageTokenizer",
+    "ImageTokenizerConfig",
+    "TokenizerOutput",
+    "build_tokenizer",
+]

@@ -211,4 +211,4 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         found = TOKENIZERS[saved_model_type(folder, TOKENIZERS, "tokenizer")]
         if not issubclass(found, cls):
             raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
-        return super(ImageTokenizer, found).from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        return super(ImageTokenizer, found).from_pretrained(folder, *args, **kwargs)

@@ -23,7 +23,7 @@ def build_quantizer(options: Mapping[str, Any], dim: int) -> Quantizer:
     check_options("quantizer", options, QUANTIZERS)
     arguments = {key: value for key, value in options.items() if key != "name"}
     try:
-        return QUANTIZERS[options["name"]](dim, **arguments)  # type: ignore[call-arg, arg-type]
+        return QUANTIZERS[options["name"]](dim, **arguments)
     except TypeError as error:
         raise ValueError(f"quantizer {options['name']} cannot take {arguments}: {error}") from error
 

@@ -71,11 +71,11 @@ class Quantizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """The latents `(B, D, *grid)` float32 that codes `(B, *code_layout(grid).shape)` stand for."""
 
-    def initialize(self, latents: Tensor) -> None:  # noqa: B027
+    def initialize(self, latents: Tensor) -> None:
         """Start the codebook from latents `(N, D)` float32, gathered over batches and processes."""
 
-    def anneal(self, progress: float) -> None:  # noqa: B027
+    def anneal(self, progress: float) -> None:
         """Set scheduled values for the share of training that is done, in [0, 1]."""
 
-    def update(self, step: int) -> None:  # noqa: B027
+    def update(self, step: int) -> None:
         """Move the codebook with what was quantized since the last call; `step` counts optimizer steps from 0."""
