@@ -13,8 +13,8 @@ tags: [image-generation, vq-vae, two-stage]
 
 # {height}x{width} images in two stages
 
-A {tokenizer} tokenizer turns {channels}-channel images of {height}x{width} pixels into codes ({layout}, {bits:,.0f} bits
-an image); a {prior} prior with {parameters:,} parameters models the codes{conditional}.
+A {tokenizer} tokenizer turns {channels}-channel images of {height}x{width} pixels into codes
+({layout}, {bits:,.0f} bits an image); a {prior} prior with {parameters:,} parameters models the codes{conditional}.
 
 ```python
 from pipelines import ImageGenerationPipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from pipelines.run_folder import (
     write_json,
 )
 from pipelines.run_log import RunLog
+from pipelines.stop_signals import StopSignals
 
 DEFAULT_STEPS = 1000
 
@@ -76,7 +76,7 @@ class TrainingRun:
         require_same_run(self.folder, self.recorded, trained=started)
         self.start_step = int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
         self.total_steps = 0
-        self.stop_requested = False
+        self.stop = StopSignals(lambda: self.log.print("stopping after this step; once more to stop at once"))
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         set_seed(config.seed)
@@ -167,7 +167,7 @@ class TrainingRun:
             total=self.total_steps, initial=self.start_step, unit="step", disable=hidden, dynamic_ncols=True
         )
         self.loop_started_at = time.perf_counter()
-        with self.bar, _signals(self):
+        with self.bar, self.stop:
             for step in range(self.start_step, self.total_steps):
                 # The schedule is written out: accelerate would step a prepared one once per process.
                 for group in self.optimizer.param_groups:
@@ -233,11 +233,11 @@ class TrainingRun:
 
     def _should_stop(self, step: int) -> bool:
         if self.accelerator.num_processes == 1:
-            return self.stop_requested
+            return self.stop.requested
         # A signal that one process handles alone would leave the others waiting: they agree at logging steps.
         if not self.due(self.config.log_every, step):
             return False
-        flag = torch.tensor(float(self.stop_requested), device=self.device)
+        flag = torch.tensor(float(self.stop.requested), device=self.device)
         stops: Tensor = self.accelerator.reduce(flag, "sum")
         return bool(stops > 0)
 
@@ -292,26 +292,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds}s" if minutes else f"{seconds}s"
-
-
-@contextmanager
-def _signals(run: TrainingRun) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the loop to stop; a second one acts at once."""
-    previous: dict[signal.Signals, Any] = {}
-
-    def request_stop(number: int, frame: Any) -> None:
-        run.stop_requested = True
-        run.log.print("stopping after this step; once more to stop at once")
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, request_stop)
-    except ValueError:
-        pass  # not in the main thread, where Python allows no handlers
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -171,8 +171,9 @@ class Prior(StrictLoading, PreTrainedModel):
         self.code_layout.require_equal(layout, "the prior", name)
         if self.config.fingerprint != fingerprint:
             raise ValueError(
-                f"the prior was trained on codes of another tokenizer than {name}: both have [{layout}], but the fingerprints "
-                f"are {str(self.config.fingerprint)[:12]} and {fingerprint[:12]}, so decoding would give garbage"
+                f"the prior was trained on codes of another tokenizer than {name}: both have [{layout}], but the "
+                f"fingerprints are {str(self.config.fingerprint)[:12]} and {fingerprint[:12]}; "
+                "decoding them with each other gives garbage"
             )
 
     @classmethod

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a polite request: the loop finishes its step, saves and leaves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
+
+
+class StopSignals:
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a second one acts as it always did.
+
+    Args:
+        announce: called once, when a stop is requested.
+    """
+
+    def __init__(self, announce: Callable[[], None]) -> None:
+        self.announce = announce
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        except ValueError:
+            pass  # not in the main thread, where Python allows no handlers
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        self.announce()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
