@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 import typing
@@ -44,8 +45,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"expected key=value, got '{override}'; --help lists the keys")
+    # YAML would read the colour #ff0000 as a comment.
+    quoted = [re.sub("=(#.*)", r"='\1'", override, count=1) for override in overrides]
     try:
-        container = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+        container = OmegaConf.to_container(OmegaConf.from_dotlist(quoted), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot read {' '.join(overrides)}: {error}") from error
     return typing.cast(dict[str, Any], container)
@@ -97,14 +100,13 @@ def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
     owner = factory.__init__ if inspect.isclass(factory) else factory
     hints = typing.get_type_hints(owner, include_extras=True)
     text, docs = inspect.getdoc(factory) or "", {}
-    for line in textwrap.dedent(text.partition("Args:\n")[2]).split("\n"):
-        if line and not line.startswith(" ") and ":" in line:
+    section = text.partition("Args:\n")[2].partition("\n\n")[0]
+    for line in textwrap.dedent(section).split("\n"):
+        if not line.startswith(" ") and ":" in line:
             name, _, meaning = line.partition(":")
             docs[name] = meaning.strip()
-        elif line.strip() and docs:
+        elif docs:
             docs[next(reversed(docs))] += " " + line.strip()
-        elif not line.strip() and docs:
-            break
     parameters = list(inspect.signature(factory).parameters.values())
     return {
         p.name: (type_name(hints[p.name]), str(p.default), docs[p.name])
@@ -159,20 +161,17 @@ def help_text(cls: type[Schema], choices: Choices | None = None) -> str:
 
 def config_from_arguments(cls: type[S], arguments: Sequence[str], choices: Choices | None = None) -> S:
     """The configuration that a script's arguments describe; `--help` prints every key and leaves."""
-    arguments = list(arguments)
     if "--help" in arguments or "-h" in arguments:
         print(help_text(cls, choices))
         sys.exit(0)
-    file = None
-    while arguments and arguments[0].startswith("--config"):
-        flag, _, value = arguments.pop(0).partition("=")
-        if flag != "--config" or not (value or arguments):
-            raise ValueError("expected --config FILE.yaml")
-        file = value or arguments.pop(0)
-    if "--config" in arguments:
-        position = arguments.index("--config")
-        if position + 1 >= len(arguments):
-            raise ValueError("expected --config FILE.yaml")
-        file = arguments[position + 1]
-        del arguments[position : position + 2]
-    return load_config(cls, file, arguments)
+    files, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, _, value = argument.partition("=")
+        if flag == "--config":
+            files.append(value or next(rest, ""))
+        else:
+            overrides.append(argument)
+    if len(files) > 1 or "" in files:
+        raise ValueError(f"expected --config FILE.yaml once, got {' '.join(arguments)}")
+    return load_config(cls, files[0] if files else None, overrides)

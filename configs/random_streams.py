@@ -28,7 +28,7 @@ def mix(key: Any, counter: Any) -> Any:
 
     Nested calls give streams of streams: `mix(mix(seed, step), index)`.
     """
-    value = _wrap(_wrap(key ^ _wrap(_wrap(counter + 1) * _GOLDEN)) + _GOLDEN)
+    value = _wrap((_wrap(key) ^ _wrap(_wrap(counter + 1) * _GOLDEN)) + _GOLDEN)
     value = _wrap((value ^ _shift(value, 30)) * _MIX_1)
     value = _wrap((value ^ _shift(value, 27)) * _MIX_2)
     value = value ^ _shift(value, 31)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Share
+from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Seed, Share
 
 PixelSize = Annotated[int, Range(1, 16384)]
 
@@ -105,7 +105,7 @@ class RunConfig(Schema):
     """Decay of a moving average of the weights, which then is the model that is evaluated and saved; 0 is off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast type; auto is bf16 where the hardware multiplies it natively, otherwise no."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Seed of weights, data order and everything random."""
     log_every: Count = 20
     """Steps between lines in metrics.jsonl."""

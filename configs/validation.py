@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
@@ -24,12 +25,13 @@ class Range:
 
     def __str__(self) -> str:
         if self.maximum == float("inf"):
-            return f"at least {self.minimum:g}"
-        return f"from {self.minimum:g} to {self.maximum:g}"
+            return f"at least {self.minimum:.10g}"
+        return f"from {self.minimum:.10g} to {self.maximum:.10g}"
 
 
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # numpy refuses larger ones
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 
@@ -87,7 +89,7 @@ def type_name(hint: Any) -> str:
 
 
 def _coerce_number(value: Any, hint: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError
     if hint is int:
         if value != int(value):
@@ -113,8 +115,11 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
             if option is type(None) and value is None:
                 return None
         # Exact types first, so that 32 stays an integer where text would be allowed too.
-        options = [a for a in arguments if a is not type(None)]
-        for option in sorted(options, key=lambda a: type(value) is not (get_args(a)[0] if get_args(a) else a)):
+        options = {a: (get_args(a) or (a,))[0] for a in arguments if a is not type(None)}
+        if type(value) in (int, float) and {int, float} & set(options.values()):
+            # A number out of range is a mistake, not a name written in digits.
+            options.pop(str, None)
+        for option in sorted(options, key=lambda a: type(value) is not options[a]):
             try:
                 return coerce(value, option, key)
             except ValueError:
@@ -123,9 +128,10 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         # YAML reads a bare `no` as false.
         value = "no" if value is False and "no" in arguments else value
-        if value not in arguments:
-            raise problem
-        return value
+        for choice in arguments:
+            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
+                return choice
+        raise problem
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise problem

@@ -50,7 +50,10 @@ def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator
     """
     # Accelerate keeps the first precision for all later objects of a process; one process may train and then encode.
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=resolve_mixed_precision(mixed_precision, default_device()), **options)
+    device = default_device()
+    precision = resolve_mixed_precision(mixed_precision, device)
+    # Said outright, because several CPU processes under torchrun are one to Accelerate otherwise.
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -31,6 +31,15 @@ class ImageBatch:
     seeds: Tensor
     """`(B,)` int64: the key of everything random about each image in this step."""
 
+    def pin_memory(self) -> ImageBatch:
+        """In page-locked memory, from where a GPU copies by itself; torch's loader calls it."""
+        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), self.seeds.pin_memory())
+
+    def to_device(self, device: torch.device) -> ImageBatch:
+        """On a device, with images float32 in [-1, 1] and channels last."""
+        images, labels, seeds = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.seeds))
+        return ImageBatch(to_unit_range(images).contiguous(memory_format=torch.channels_last), labels, seeds)
+
 
 def to_unit_range(pixels: Tensor) -> Tensor:
     """uint8 in [0, 255] to float32 in [-1, 1]."""
@@ -133,9 +142,12 @@ class ImageDataset(torch.utils.data.Dataset):
         height, width = self.preprocessing.size
         return len(self) * self.preprocessing.in_channels * height * width
 
-    def _decode(self, row: int, image: dict[str, Any], crop_at: tuple[float, float]) -> Tensor | ValueError:
+    def _decode(self, row: int, image: dict[str, Any] | None, crop_at: tuple[float, float]) -> Tensor | ValueError:
+        image = image or {"bytes": None, "path": None}
         try:
-            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as picture:
+            with Image.open(
+                image["path"] if image["path"] and not image["bytes"] else io.BytesIO(image["bytes"])
+            ) as picture:
                 return to_pixels(picture, self.preprocessing, crop_at)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
             name = image["path"] or f"row {row}"
@@ -176,12 +188,13 @@ class _CheckedRows(torch.utils.data.Dataset):
         return self.dataset.decode_rows(rows, [(0.5, 0.5)] * len(rows))
 
 
-def _loader(dataset: Any, batches: Iterable, num_workers: int) -> torch.utils.data.DataLoader:
+def _loader(dataset: Any, batches: Iterable, num_workers: int, *, pin: bool = False) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_identity,
+        pin_memory=pin,
         prefetch_factor=4 if num_workers else None,
     )
 
@@ -215,8 +228,9 @@ def prepare_dataset(dataset: ImageDataset, config: SourceConfig, *, cache_mib: i
                 whole.append(row)
             elif not config.skip_broken:
                 raise image
-        if keep:
-            pixels.append(torch.stack([image for image in decoded if isinstance(image, Tensor)]))
+        images = [image for image in decoded if isinstance(image, Tensor)]
+        if keep and images:
+            pixels.append(torch.stack(images))
         progress.update(len(rows))
     progress.close()
     if not whole:
@@ -237,13 +251,11 @@ def image_batches(
     Raises:
         ValueError: when a broken image is reached.
     """
-    for batch in _loader(dataset, batches, 0 if dataset.pixels is not None else num_workers):
+    num_workers = num_workers if dataset.pixels is None else 0
+    for batch in _loader(dataset, batches, num_workers, pin=device.type == "cuda"):
         if isinstance(batch, ValueError):
             raise batch
-        if device.type == "cuda":
-            batch.images = batch.images.pin_memory()
-        images = to_unit_range(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        yield ImageBatch(images, batch.labels.to(device), batch.seeds.to(device))
+        yield batch.to_device(device)
 
 
 def in_order(num_items: int, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -86,9 +86,19 @@ def _load_folder(folder: Path) -> datasets.DatasetDict:
         if suffix in suffixes:
             return datasets.load_dataset(kind, data_dir=str(folder))
     if suffixes & _IMAGE_SUFFIXES:
-        return datasets.load_dataset("imagefolder", data_dir=str(folder))
+        splits = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        return splits.remove_columns("label") if _labels_are_split_folders(splits, folder) else splits
     found = ", ".join(sorted(suffixes)) or "nothing"
     raise ValueError(f"{folder} holds neither images nor parquet or arrow files; found: {found}")
+
+
+def _labels_are_split_folders(splits: datasets.DatasetDict, folder: Path) -> bool:
+    """Whether datasets took train/ and test/ for classes, as it does where images lie in them directly."""
+    label = next(iter(splits.values())).features.get("label")
+    if len(splits) == 1 or not isinstance(label, datasets.ClassLabel):
+        return False
+    used = [value for rows in splits.values() for value in rows.unique("label")]
+    return len(used) == len(set(used)) and all((folder / name).is_dir() for name in label.names)
 
 
 def _load(name: str, configuration: str | None) -> datasets.DatasetDict:
@@ -120,6 +130,11 @@ def _image_column(features: datasets.Features, wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in features:
             raise ValueError(did_you_mean(wanted, features, "data.image_column"))
+        kind = getattr(features[wanted], "dtype", None)
+        if not holds_images(features[wanted]) and kind not in ("binary", "large_binary", "string", "large_string"):
+            raise ValueError(
+                f"data.image_column={wanted} holds no images, but {kind}; choose one of {', '.join(features)}"
+            )
         return wanted
     candidates = [name for name, feature in features.items() if holds_images(feature)]
     if len(candidates) != 1:
@@ -129,14 +144,20 @@ def _image_column(features: datasets.Features, wanted: str | None) -> str:
 
 
 def _label_column(features: datasets.Features, wanted: str | None) -> str | None:
+    def holds_labels(feature: object) -> bool:
+        plain = isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
+        return isinstance(feature, datasets.ClassLabel) or plain
+
     if wanted is not None:
         if wanted not in features:
             raise ValueError(did_you_mean(wanted, features, "data.label_column"))
+        if not holds_labels(features[wanted]):
+            raise ValueError(f"data.label_column={wanted} should hold integers or texts, got {features[wanted]}")
         return wanted
     named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(named) == 1:
         return named[0]
-    return next((name for name in _LABEL_NAMES if name in features), None)
+    return next((name for name in _LABEL_NAMES if name in features and holds_labels(features[name])), None)
 
 
 def _encode_labels(splits: datasets.DatasetDict, column: str) -> tuple[datasets.DatasetDict, list[str]]:
@@ -206,13 +227,13 @@ def training_splits(config: DataConfig, seed: int) -> tuple[ImageSource, dataset
 
 
 def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Rows without, and rows with, a share drawn by seed; at least one row where the share is above 0."""
+    """Rows without, and rows with, a share drawn by seed; at least one row each where the share is above 0."""
     if share == 0:
         return rows, None
     if len(rows) < 2:
         raise ValueError(f"cannot hold out a share of {len(rows)} image; give validation=0")
     order = np.random.default_rng(seed).permutation(len(rows))
-    count = max(1, round(share * len(rows)))
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 

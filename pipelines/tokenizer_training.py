@@ -56,6 +56,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             },
             len(train),
         )
+        torch.nn.Module.to(tokenizer, memory_format=torch.channels_last)
         run.prepare(tokenizer)
         stream = IndexStream(
             len(train),
@@ -127,7 +128,8 @@ def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageToken
         "quantizer": tokenizer.config.quantizer or {},
         "data": tokenizer.config.preprocessing.to_dict(),
     }
-    asked = {"model": config.model, "quantizer": config.quantizer, "data": {"image_size": config.data.image_size}}
+    preprocessing = {name: getattr(config.data, name) for name in ("image_size", "background", "interpolation")}
+    asked = {"model": config.model, "quantizer": config.quantizer, "data": preprocessing}
     for block, options in asked.items():
         for option, value in options.items():
             have = saved[block].get(option)
@@ -168,10 +170,11 @@ def _make_datasets(
 
 @torch.no_grad()
 def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: object, num_batches: int) -> None:
-    """Show the quantizer the latents of the first batches, of all processes."""
-    latents = [tokenizer.encode_latents(b.images) for b in islice(batches, num_batches)]  # type: ignore[call-overload]
-    vectors = torch.cat([latent.movedim(1, -1).flatten(0, -2).float() for latent in latents])
-    tokenizer.quantizer.initialize(gather_rows(vectors))
+    """Show the quantizer the latents of the first batches, of all processes, in the order of one process."""
+    num_parts = num_batches * run.config.accumulation_steps
+    latents = [tokenizer.encode_latents(b.images) for b in islice(batches, num_parts)]  # type: ignore[call-overload]
+    vectors = [gather_rows(latent.movedim(1, -1).flatten(0, -2).float()) for latent in latents]
+    tokenizer.quantizer.initialize(torch.cat(vectors))
     if run.averaged is not None:
         run.averaged.module.load_state_dict(tokenizer.state_dict())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, is_tensorboard_available, set_seed
+from accelerate.utils import ProjectConfiguration, is_tensorboard_available, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -248,8 +247,10 @@ def open_run(config: RunConfig) -> Iterator[TrainingRun]:
     advice = (
         f"lower batch_size={config.batch_size}, or keep it and raise accumulation_steps={config.accumulation_steps}"
     )
-    scratch = tempfile.mkdtemp(prefix="dry-run-") if config.dry_run else None
-    if scratch is not None:
+    folder = Path(config.output_dir)
+    scratch = folder.with_name(f".{folder.name}.dry-run")  # a name that all processes know
+    if config.dry_run:
+        shutil.rmtree(scratch, ignore_errors=True)
         config = dataclasses.replace(
             config,
             steps=2,
@@ -258,7 +259,7 @@ def open_run(config: RunConfig) -> Iterator[TrainingRun]:
             validate_every=1,
             sample_every=1,
             checkpoint_every=1,
-            output_dir=f"{scratch}/run",
+            output_dir=str(scratch),
             tracker="none",
             resume="auto",
         )
@@ -268,10 +269,10 @@ def open_run(config: RunConfig) -> Iterator[TrainingRun]:
             yield run
         if config.tracker != "none":
             run.accelerator.end_training()
-        if scratch is not None:
+        if config.dry_run:
             run.log.print("dry run: two steps, a checkpoint, a picture and a saved model all went well")
     finally:
-        if scratch is not None:
+        if config.dry_run:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -283,8 +284,6 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_steps=config.accumulation_steps,
         log_with=config.tracker if config.tracker != "none" else None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
-        # Codebooks are equal on all processes because their statistics are reduced.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 

@@ -173,7 +173,8 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
             for name in module.bookkeeping
         }
         for name, tensor in sorted(self.state_dict().items()):
-            if not name.startswith("decoder.") and name not in bookkeeping:
+            counter = name in bookkeeping or name.endswith(".num_batches_tracked")
+            if not name.startswith("decoder.") and not counter:
                 yield name, tensor
 
     def compute_fingerprint(self) -> str:
@@ -194,7 +195,7 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save config and weights; the fingerprint is computed anew where the tensors are float32."""
         tensors = dict(self._code_tensors())
-        if self.config.fingerprint is None or all(t.dtype in (torch.float32, torch.bool) for t in tensors.values()):
+        if self.config.fingerprint is None or all(t.dtype == torch.float32 for t in tensors.values() if t.is_floating_point()):
             self.config.fingerprint = self.compute_fingerprint()
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -42,7 +42,7 @@ class CodebookQuantizer(Quantizer):
         self.revive_after = revive_after
         self.register_buffer("used", torch.zeros(vocab_size, dtype=torch.bool))
         self._vectors: Tensor | None = None
-        self._codes: list[Tensor] = []
+        self._counts: Tensor | None = None
 
     def _draw_codebook(self) -> Tensor:
         codebook = torch.empty(self.vocab_size, self.dim)
@@ -73,8 +73,9 @@ class CodebookQuantizer(Quantizer):
 
     def observe(self, vectors: Tensor, codes: Tensor) -> None:
         """Remember what a training forward pass quantized, for `update`."""
+        counts = torch.bincount(codes, minlength=self.vocab_size).to(vectors.dtype)
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
         self._vectors = vectors
-        self._codes.append(codes)
 
     @torch.no_grad()
     def initialize(self, latents: Tensor) -> None:
@@ -88,21 +89,26 @@ class CodebookQuantizer(Quantizer):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move codes that nobody chose in the last `revive_after` steps onto random latents of this batch.
+        if self._counts is None or self._vectors is None:
+            return
+        counts = sum_over_processes(self._counts)
+        self.learn(counts)
+        self.used.logical_or_(counts > 0)
+        # The check reads a number back from the device: once in revive_after steps, not in every one.
+        if self.revive_after and (step + 1) % self.revive_after == 0:
+            self._revive(self._vectors, step)
+        self._vectors = self._counts = None
+
+    def learn(self, counts: Tensor) -> None:
+        """Move the codebook, given how many vectors chose each code over all processes, `(K,)` float32."""
+
+    def _revive(self, vectors: Tensor, step: int) -> None:
+        """Move codes that nobody chose since the last revival onto random latents of this batch.
 
         Which latents is decided by (step, code) and the index in the global batch, so that processes agree.
         """
-        if self._vectors is None:
-            return
-        if self.revive_after:
-            for codes in self._codes:
-                self.used[codes] = True
-            # The check reads a number back from the device: once in revive_after steps, not in every one.
-            if (step + 1) % self.revive_after == 0:
-                unused = (sum_over_processes(self.used.int()) == 0).nonzero().squeeze(1)
-                if len(unused):
-                    index = integer(mix(unused, step), 0, len(self._vectors) * num_processes())
-                    self.set_codes(unused, take_rows(self._vectors, index))
-                self.used.zero_()
-        self._vectors = None
-        self._codes = []
+        unused = (~self.used).nonzero().squeeze(1)
+        if len(unused):
+            index = integer(mix(unused, step), 0, len(vectors) * num_processes())
+            self.set_codes(unused, take_rows(vectors, index))
+        self.used.zero_()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokenizer.quantizers.codebook import CodebookQuantizer, CodebookStart
 from tokenizer.quantizers.collectives import sum_over_processes
-from tokenizer.quantizers.search import count_and_sum
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -59,27 +58,23 @@ class EMAQuantizer(CodebookQuantizer):
         self.register_buffer("codebook", self._draw_codebook())
         self.register_buffer("cluster_size", torch.ones(vocab_size))
         self.register_buffer("embedding_sum", self.codebook.clone())
-        self._counts: Tensor | None = None
         self._sums: Tensor | None = None
 
     def observe(self, vectors: Tensor, codes: Tensor) -> None:
         super().observe(vectors, codes)
-        counts, sums = count_and_sum(vectors, codes, self.vocab_size)
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        sums = vectors.new_zeros(self.vocab_size, self.dim).index_add_(0, codes, vectors)
         self._sums = sums if self._sums is None else self._sums.add_(sums)
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Fold the batch into the averages, then revive unused codes."""
-        if self._counts is not None and self._sums is not None:
-            self.cluster_size.lerp_(sum_over_processes(self._counts), 1 - self.decay)
-            self.embedding_sum.lerp_(sum_over_processes(self._sums), 1 - self.decay)
-            total = self.cluster_size.sum()
-            # Laplace smoothing keeps a code that nobody chose from dividing by zero.
-            smoothed = (self.cluster_size + self.epsilon) / (total + self.vocab_size * self.epsilon) * total
-            self.codebook.copy_(self.embedding_sum / smoothed.unsqueeze(1))
-        self._counts = self._sums = None
-        super().update(step)
+    def learn(self, counts: Tensor) -> None:
+        """Fold the batch into the averages."""
+        assert self._sums is not None
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        self.embedding_sum.lerp_(sum_over_processes(self._sums), 1 - self.decay)
+        total = self.cluster_size.sum()
+        # Laplace smoothing keeps a code that nobody chose from dividing by zero.
+        smoothed = (self.cluster_size + self.epsilon) / (total + self.vocab_size * self.epsilon) * total
+        self.codebook.copy_(self.embedding_sum / smoothed.unsqueeze(1))
+        self._sums = None
 
     @torch.no_grad()
     def set_codes(self, index: Tensor, vectors: Tensor) -> None:

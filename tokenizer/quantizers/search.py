@@ -54,12 +54,13 @@ def kmeans(vectors: Tensor, num_clusters: int, num_iterations: int = 10) -> Tens
     N = len(vectors)
     order = torch.arange(max(num_clusters, 1), device=vectors.device)
     centres = vectors[order * N // num_clusters].clone()
-    if num_clusters > N:
-        noise = integer(order[:, None], torch.arange(vectors.shape[1], device=vectors.device), 1 << 20)
-        centres += (noise * 2.0**-20 - 0.5) * 1e-3 * vectors.std().clamp(min=1e-6)
     for iteration in range(num_iterations):
         codes = nearest_codes(vectors, centres)
         counts, sums = count_and_sum(vectors, codes, num_clusters)
         replacement = vectors[integer(order, iteration, N)]
         centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), replacement)
+    if num_clusters > N:
+        noise = integer(order[:, None], torch.arange(vectors.shape[1], device=vectors.device), 1 << 20)
+        # Last, because empty clusters move to exact rows; in units of the rows' size, so that rounding keeps it.
+        centres += (noise * 2.0**-20 - 0.5) * 1e-3 * vectors.square().mean().sqrt().clamp(min=1e-6)
     return centres
