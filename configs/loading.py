@@ -46,7 +46,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"expected key=value, got '{override}'; --help lists the keys")
     # YAML would read the colour #ff0000 as a comment.
-    quoted = [re.sub("=(#.*)", r"='\1'", override, count=1) for override in overrides]
+    quoted = [re.sub("^([^=]*=)(#.*)$", r"\1'\2'", override) for override in overrides]
     try:
         container = OmegaConf.to_container(OmegaConf.from_dotlist(quoted), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:

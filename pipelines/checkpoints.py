@@ -99,3 +99,8 @@ def _load_optimizer(optimizer: Optimizer, folder: Path) -> None:
         state.setdefault(int(index), {})[name] = value
     groups = json.loads((folder / "optimizer.json").read_text())["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Fused kernels walk through memory: moments need the strides of their parameter, which may be channels last.
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -70,18 +70,18 @@ class CodeInfo:
             )
         try:
             values = json.loads(file.read_text())
-            if values["format"] != FORMAT:
-                raise ValueError(f"{file} has format {values['format']}, this version reads {FORMAT}")
-            return cls(
-                CodeLayout.from_list(values["layout"]),
-                values["fingerprint"],
-                values["class_names"],
-                values["tokenizer"],
-                tuple(values["image_shape"]),
-                values["origin"],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            if values["format"] == FORMAT:
+                return cls(
+                    CodeLayout.from_list(values["layout"]),
+                    values["fingerprint"],
+                    values["class_names"],
+                    values["tokenizer"],
+                    tuple(values["image_shape"]),
+                    values["origin"],
+                )
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged: {error!r}; encode the dataset again") from error
+        raise ValueError(f"{file} has format {values['format']}, this version reads {FORMAT}")
 
 
 def is_code_dataset(folder: str | Path) -> bool:
@@ -128,7 +128,10 @@ def load_codes(path_or_hub: str | Path, split: str | None = None) -> datasets.Da
     """
     folder = _folder(path_or_hub)
     CodeInfo.read(folder)
-    splits = datasets.DatasetDict.load_from_disk(str(folder))
+    try:
+        splits = datasets.DatasetDict.load_from_disk(str(folder))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged: {error}; encode the dataset again") from error
     if split is None:
         return splits
     if split not in splits:

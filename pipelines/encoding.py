@@ -128,6 +128,8 @@ def _is_done(output: Path, fingerprint: str, origin: dict[str, Any]) -> bool:
     Raises:
         ValueError: where something else does.
     """
+    if output.is_file():
+        raise ValueError(f"{output} is a file; choose another output_dir")
     if not output.exists() or not any(output.iterdir()):
         return False
     if not is_code_dataset(output):

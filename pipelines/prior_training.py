@@ -79,8 +79,10 @@ def train_prior(config: PriorTrainingConfig) -> Path:
                 _draw(run, tokenizer, config, step)
             if run.due(config.checkpoint_every, step):
                 run.save_checkpoint(step)
-        # All steps were done by an earlier sitting that was stopped before it could finish.
-        figures = figures or _validate(run, validation, info, run.total_steps - 1)
+        if not figures:
+            # All steps were done by an earlier sitting that was stopped before it could finish.
+            run.log.cut_after(run.total_steps - 1, "validation")
+            figures = _validate(run, validation, info, run.total_steps - 1)
         run.finish(figures)
         return run.folder
 

@@ -72,7 +72,7 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
         return bool(files) and all(_digest(checkpoint / name) == digest for name, digest in files.items())
-    except (OSError, json.JSONDecodeError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -84,6 +84,13 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the most steps whose contents are whole; broken ones are passed over."""
     names = sorted((run / "checkpoints").glob("step-*"), reverse=True) if (run / "checkpoints").is_dir() else []
     return next((checkpoint for checkpoint in names if is_whole(checkpoint)), None)
+
+
+def discard_checkpoints_after(run: Path, step: int) -> None:
+    """Delete checkpoints with more steps than the newest whole one: they are broken, and would outlive whole ones."""
+    for broken in (run / "checkpoints").glob("step-*"):
+        if broken.name > checkpoint_folder(run, step).name:
+            shutil.rmtree(broken)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -76,10 +76,11 @@ class RunLog:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels}, step=step + 1, **options)
 
-    def cut_after(self, step: int) -> None:
-        """Drop lines of metrics.jsonl that an interrupted sitting wrote after its last checkpoint."""
+    def cut_after(self, step: int, split: str | None = None) -> None:
+        """Drop lines of metrics.jsonl after `step`, of one split or all, which an interrupted sitting left."""
         file = self.folder / "metrics.jsonl"
         if self.accelerator.is_main_process and file.is_file():
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            written = [(line, json.loads(line)) for line in lines]
+            kept = [line for line, v in written if v["step"] <= step or split not in (None, v["split"])]
             file.write_text("".join(f"{line}\n" for line in kept))

@@ -94,8 +94,10 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 _draw(run, validation or train, step)
             if run.due(config.checkpoint_every, step):
                 run.save_checkpoint(step)
-        # All steps were done by an earlier sitting that was stopped before it could finish.
-        figures = figures or _validate(run, validation, num_workers, run.total_steps - 1)
+        if not figures:
+            # All steps were done by an earlier sitting that was stopped before it could finish.
+            run.log.cut_after(run.total_steps - 1, "validation")
+            figures = _validate(run, validation, num_workers, run.total_steps - 1)
         run.finish(figures)
         return run.folder
 

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from configs.schema import RunConfig
 from pipelines.checkpoints import TrainedState, load_random_state, load_trained_state, save_checkpoint
-from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator
+from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator, peak_memory_mib
 from pipelines.optimization import learning_rate, make_optimizer
 from pipelines.run_folder import (
     RESULT,
     checkpoint_folder,
+    discard_checkpoints_after,
     flatten,
     newest_whole_checkpoint,
     read_json,
@@ -123,6 +124,8 @@ class TrainingRun:
         """Put model and optimizer on the device, with the state of the newest checkpoint where there is one."""
         if self.is_main:
             write_config(self.folder, self.recorded)
+            discard_checkpoints_after(self.folder, self.start_step)
+        self.log.cut_after(self.start_step)
         model.to(self.device)
         optimizer = make_optimizer(self.config, model)
         if self.config.weight_ema:
@@ -133,7 +136,6 @@ class TrainingRun:
         if self.checkpoint is not None:
             state = load_trained_state(self.checkpoint, TrainedState(model, self.averaged, optimizer))
             self.earlier_seconds = state["seconds"]
-            self.log.cut_after(self.start_step)
         self.unwrapped = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if self.checkpoint is not None:
@@ -224,6 +226,7 @@ class TrainingRun:
                 "seed": self.config.seed,
                 "mixed_precision": self.accelerator.mixed_precision,
                 "hardware": describe_hardware(self.device),
+                "peak_memory_mib": peak_memory_mib(self.device),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             }
             write_json(self.folder / RESULT, result)
@@ -270,7 +273,8 @@ def open_run(config: RunConfig) -> Iterator[TrainingRun]:
         if config.tracker != "none":
             run.accelerator.end_training()
         if config.dry_run:
-            run.log.print("dry run: two steps, a checkpoint, a picture and a saved model all went well")
+            memory = f"peak memory {peak_memory_mib(run.device):,} MiB"
+            run.log.print(f"dry run: two steps, a checkpoint, a picture and a saved model all went well; {memory}")
     finally:
         if config.dry_run:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -143,10 +143,12 @@ class GPT(Prior):
         for j in range(L):
             here = slice(j, j + 1)
             hidden = self.transformer((x + where[:, j])[:, None], cos[here], sin[here], causal=True, cache=cache)
-            logits = self._hide_foreign_codes(self.head(hidden), sizes[here])[:, 0]
+            logits = self.head(hidden).float()  # (B, 1, K)
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = guide(conditional, unconditional, guidance_scale)
+            # After guidance, which would take -inf from -inf.
+            logits = self._hide_foreign_codes(logits, sizes[here])[:, 0]
             logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
             codes[:, j] = draw(logits, uniforms[:, j])
             x = self.code_embedding(codes[:, j] + offsets[j])

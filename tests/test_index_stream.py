@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 
@@ -11,7 +11,9 @@ from pipelines.index_stream import IndexStream
 Item = tuple[int, int]
 
 
-def take(num_items: int, batch_size: int, num_steps: int, *, num_processes: int = 1, **options: int) -> list[list[Item]]:
+def take(
+    num_items: int, batch_size: int, num_steps: int, *, num_processes: int = 1, **options: int
+) -> list[list[Item]]:
     """The items of each global batch, micro-batches in order and within one the processes in order."""
     accumulation_steps = options.get("accumulation_steps", 1)
     processes = []
@@ -20,10 +22,9 @@ def take(num_items: int, batch_size: int, num_steps: int, *, num_processes: int 
             num_items, batch_size, num_processes=num_processes, process_index=process_index, **{"seed": 0} | options
         )
         processes.append(list(islice(stream, num_steps * accumulation_steps)))
-    micro_batches = [sum(parts, []) for parts in zip(*processes, strict=True)]
-    return [
-        sum(micro_batches[step * accumulation_steps : (step + 1) * accumulation_steps], []) for step in range(num_steps)
-    ]
+    micro_batches = [list(chain(*parts)) for parts in zip(*processes, strict=True)]
+    firsts = range(0, len(micro_batches), accumulation_steps)
+    return [list(chain(*micro_batches[first : first + accumulation_steps])) for first in firsts]
 
 
 @pytest.mark.parametrize(("num_processes", "accumulation_steps"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3)])

@@ -27,7 +27,7 @@ MODULES = sorted(path for layer in MAY_IMPORT for path in (ROOT / layer).rglob("
 
 
 def imported_modules(source: str, package: str) -> set[str]:
-    """Dotted names of all modules that `source`, a module inside `package`, imports anywhere, relative ones resolved."""
+    """Dotted names of all modules that `source`, a module of `package`, imports anywhere, relative ones resolved."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -135,7 +135,7 @@ def test_from_list_takes_a_missing_depth_as_one():
     ids=repr,
 )
 def test_from_list_of_anything_else_is_a_value_error(grids):
-    with pytest.raises(ValueError, match="code layout|code grid"):
+    with pytest.raises(ValueError, match=r"code layout|code grid"):
         CodeLayout.from_list(grids)
 
 
@@ -146,7 +146,7 @@ def test_equal_layouts_are_accepted_however_they_were_built():
 
 @pytest.mark.parametrize("other", [layout for layout in LAYOUTS if layout is not SQUARE], ids=str)
 def test_the_message_for_different_layouts_names_both_sides(other):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="laid out as") as raised:
         SQUARE.require_equal(other, "the prior", "codes=runs/codes")
     assert str(raised.value) == (
         f"the prior has codes laid out as [16x16 of 1024], but codes=runs/codes has [{other}]; use a matching pair"

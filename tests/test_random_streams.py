@@ -65,7 +65,7 @@ def test_the_hash_never_changes():
 
 def test_uniform_numbers_are_multiples_of_2_to_the_minus_24_in_the_unit_interval():
     numbers = draws(uniform, 0)
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert np.array_equal(numbers * 2**24, np.floor(numbers * 2**24))
     assert np.array_equal(numbers.astype(np.float32).astype(np.float64), numbers)
@@ -101,7 +101,7 @@ def test_integers_stay_below_the_bound(bound):
         integer(torch.tensor(KEYS), torch.tensor(COUNTERS), bound),
         integer(np.array(KEYS), np.array(COUNTERS), bound),
     ):
-        assert 0 <= int(numbers.min())
+        assert int(numbers.min()) >= 0
         assert int(numbers.max()) < bound
 
 

@@ -194,8 +194,8 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save config and weights; the fingerprint is computed anew where the tensors are float32."""
-        tensors = dict(self._code_tensors())
-        if self.config.fingerprint is None or all(t.dtype == torch.float32 for t in tensors.values() if t.is_floating_point()):
+        floating = [tensor for _, tensor in self._code_tensors() if tensor.is_floating_point()]
+        if self.config.fingerprint is None or all(tensor.dtype == torch.float32 for tensor in floating):
             self.config.fingerprint = self.compute_fingerprint()
         super().save_pretrained(save_directory, *args, **kwargs)
 

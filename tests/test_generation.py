@@ -1,0 +1,127 @@
+"""The verbs around finished models: sampling into a folder, and measuring what training measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.loading import load_config, read_yaml
+from configs.schema import EvaluationConfig, GenerationConfig
+from pipelines import ImageGenerationPipeline, evaluate, generate
+
+
+def run(output: Path, *overrides: str) -> Path:
+    return generate(load_config(GenerationConfig, None, [f"output_dir={output}", *overrides]))
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    found = {}
+    for file in sorted(folder.glob("*.png")):
+        with Image.open(file) as picture:
+            found[file.name] = np.array(picture)
+    return found
+
+
+@pytest.fixture
+def parts(tokenizer_run: Path, prior_run: Path) -> list[str]:
+    return [f"tokenizer={tokenizer_run}", f"prior={prior_run}"]
+
+
+def test_generating_writes_numbered_pictures_and_a_grid(
+    parts: list[str], tokenizer_run: Path, prior_run: Path, tmp_path: Path
+) -> None:
+    folder = run(tmp_path / "samples", *parts, "num_images=5", "labels=dog", "seed=3", "batch_size=2")
+    found = pixels(folder)
+    assert list(found) == ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png", "grid.png"]
+    images = ImageGenerationPipeline.from_parts(tokenizer_run, prior_run)(5, labels="dog", seed=3).images
+    for name, picture in zip(found, images, strict=False):
+        np.testing.assert_array_equal(found[name], np.array(picture))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_labels_each_gives_so_many_images_of_every_class(parts: list[str], tmp_path: Path) -> None:
+    each = pixels(run(tmp_path / "each", *parts, "num_images=2", "labels=each"))
+    listed = pixels(run(tmp_path / "listed", *parts, "num_images=4", "labels=[cat,cat,dog,dog]"))
+    assert list(each) == list(listed)
+    for name in list(each)[:4]:
+        np.testing.assert_array_equal(each[name], listed[name])
+    # A row for each class, of num_images pictures.
+    height, width = each["grid.png"].shape[:2]
+    assert height == width
+
+
+def test_a_saved_pipeline_generates_what_its_parts_do(
+    parts: list[str], tokenizer_run: Path, prior_run: Path, tmp_path: Path
+) -> None:
+    ImageGenerationPipeline.from_parts(tokenizer_run, prior_run).save_pretrained(tmp_path / "pipeline")
+    options = ["num_images=3", "labels=1", "guidance_scale=2", "top_k=8", "temperature=0.9"]
+    mine = pixels(run(tmp_path / "mine", f"pipeline={tmp_path / 'pipeline'}", *options))
+    theirs = pixels(run(tmp_path / "theirs", *parts, *options))
+    assert list(mine) == list(theirs)
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name])
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_an_empty_one_is_used(parts: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "samples"
+    output.mkdir()
+    run(output, *parts, "num_images=1")
+    before = sorted(path.name for path in output.iterdir())
+    with pytest.raises(ValueError, match=r"samples is not empty"):
+        run(output, *parts, "num_images=2")
+    assert sorted(path.name for path in output.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is not empty"):
+        run(tmp_path / "file", *parts)
+
+
+def test_a_failed_call_leaves_no_folder(parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown class 'horse'"):
+        run(tmp_path / "samples", *parts, "labels=horse")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluating_a_tokenizer_gives_the_figures_of_its_own_run(
+    tokenizer_run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    precision = read_yaml(tokenizer_run / "config.yaml")["mixed_precision"]
+    overrides = [f"tokenizer={tokenizer_run}", f"data.dataset={image_folder}", "data.num_workers=0"]
+    overrides += ["batch_size=4", f"mixed_precision={precision}", f"output_file={tmp_path / 'deep' / 'figures.json'}"]
+    figures = evaluate(load_config(EvaluationConfig, None, overrides))
+    result = json.loads((tokenizer_run / "result.json").read_text())
+    for name in ("psnr_db", "l1", "l2", "codebook_usage", "codebook_perplexity"):
+        assert figures[name] == pytest.approx(result[name], rel=1e-6), name
+    assert figures["num_images"] == 6
+    assert json.loads((tmp_path / "deep" / "figures.json").read_text())["psnr_db"] == figures["psnr_db"]
+
+
+def test_evaluating_a_prior_gives_the_figures_of_its_own_run(prior_run: Path, code_folder: Path) -> None:
+    precision = read_yaml(prior_run / "config.yaml")["mixed_precision"]
+    overrides = [f"prior={prior_run}", f"codes={code_folder}", "batch_size=4", f"mixed_precision={precision}"]
+    figures = evaluate(load_config(EvaluationConfig, None, overrides))
+    result = json.loads((prior_run / "result.json").read_text())
+    for name in ("loss", "bits_per_code", "bits_per_pixel", "perplexity", "first_order_bits_per_code"):
+        assert figures[name] == pytest.approx(result[name], rel=1e-6), name
+
+
+def test_figures_do_not_depend_on_the_batch_size(
+    tokenizer_run: Path, prior_run: Path, image_folder: Path, code_folder: Path
+) -> None:
+    both = [f"tokenizer={tokenizer_run}", f"prior={prior_run}", f"codes={code_folder}", f"data.dataset={image_folder}"]
+    one, five = (evaluate(load_config(EvaluationConfig, None, [*both, f"batch_size={size}"])) for size in (1, 5))
+    for name in ("psnr_db", "codebook_perplexity", "bits_per_code"):
+        assert one[name] == pytest.approx(five[name], rel=1e-5), name
+
+
+def test_evaluating_a_prior_on_codes_of_another_tokenizer_is_refused(
+    prior_run: Path, code_folder: Path, tmp_path: Path
+) -> None:
+    info = json.loads((code_folder / "codes.json").read_text()) | {"fingerprint": "0" * 64}
+    (tmp_path / "codes.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="codes of another tokenizer"):
+        evaluate(load_config(EvaluationConfig, None, [f"prior={prior_run}", f"codes={tmp_path}"]))
