@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def _raised_by_a_check(error: BaseException) -> bool:
     return innermost.is_relative_to(_OURS) and "site-packages" not in innermost.parts
 
 
-def run(verb: Callable[[Any], Any], schema: type[Schema], choices: Choices | None = None) -> None:
-    """Run a script: arguments to a checked configuration to its verb.
+@contextmanager
+def mistakes_as_messages() -> Iterator[None]:
+    """Show a user's mistake as a message.
 
     A ValueError from our own checks is printed without a traceback (all of it with TESSERA_TRACEBACK=1), and the exit
     code is 2. Ctrl-C and SIGTERM leave with 130.
@@ -33,7 +35,7 @@ def run(verb: Callable[[Any], Any], schema: type[Schema], choices: Choices | Non
     # transformers draws a bar for every file of weights, which would tear ours.
     transformers.logging.disable_progress_bar()
     try:
-        verb(config_from_arguments(schema, sys.argv[1:], choices))
+        yield
     except ValueError as error:
         if not _raised_by_a_check(error) or os.environ.get("TESSERA_TRACEBACK") == "1":
             raise
@@ -42,3 +44,9 @@ def run(verb: Callable[[Any], Any], schema: type[Schema], choices: Choices | Non
     except KeyboardInterrupt as error:
         print(error if error.args else "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def run(verb: Callable[[Any], Any], schema: type[Schema], choices: Choices | None = None) -> None:
+    """Run a script: arguments to a checked configuration to its verb."""
+    with mistakes_as_messages():
+        verb(config_from_arguments(schema, sys.argv[1:], choices))

@@ -61,7 +61,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    labels: dict[str, np.ndarray] = {}
+    labels: dict[str, np.ndarray | None] = {}
     for name, rows in source.splits.items():
         dataset = ImageDataset(
             rows, tokenizer.config.preprocessing, num_classes=len(source.class_names) if source.class_names else None
@@ -69,7 +69,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
         prepare_dataset(dataset, config.data, cache_mib=0)
         if dataset.num_skipped and accelerator.is_main_process:
             print(f"{name}: skipped {dataset.num_skipped} broken images")
-        labels[name] = dataset.labels.numpy()
+        labels[name] = dataset.labels.numpy() if dataset.labelled else None
         with explain_out_of_memory(f"lower batch_size={config.batch_size}"):
             codes = _encode_block(tokenizer, dataset, accelerator, config, name)
         np.save(scratch / f"{name}-{accelerator.process_index}.npy", codes)
@@ -78,7 +78,7 @@ def encode_dataset(config: EncodingConfig) -> Path:
         splits = {}
         for name in source.splits:
             parts = [np.load(scratch / f"{name}-{i}.npy", mmap_mode="r") for i in range(accelerator.num_processes)]
-            splits[name] = make_split(np.concatenate(parts), labels[name] if source.class_names else None, info)
+            splits[name] = make_split(np.concatenate(parts), labels[name], info)
         with whole_folder(output) as partial:
             datasets.disable_progress_bars()
             datasets.DatasetDict(splits).save_to_disk(str(partial))

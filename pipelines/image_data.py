@@ -27,7 +27,7 @@ class ImageBatch:
     images: Tensor
     """`(B, C, H, W)`: uint8 as loaded, float32 in [-1, 1] after `to_device`."""
     labels: Tensor
-    """`(B,)` int64; zeros where the source has none."""
+    """`(B,)` int64; -1 where the source has none."""
     seeds: Tensor
     """`(B,)` int64: the key of everything random about each image in this step."""
 
@@ -117,7 +117,11 @@ class ImageDataset(torch.utils.data.Dataset):
         augmentation: DataConfig | None = None,
         seed: int = 0,
     ) -> None:
-        ImageColor.getrgb(preprocessing.background)  # raises a ValueError that names an unknown colour
+        try:
+            ImageColor.getrgb(preprocessing.background)
+        except ValueError as error:
+            name = preprocessing.background
+            raise ValueError(f"background={name!r} is no colour; give a name such as white, or #rrggbb") from error
         self.rows = rows
         self.preprocessing = preprocessing
         self.random_crop = augmentation is not None and augmentation.crop == "random"
@@ -125,11 +129,13 @@ class ImageDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.pixels: Tensor | None = None
         self.num_skipped = 0
-        labels = rows.select_columns(["label"])[:]["label"] if num_classes is not None else [0] * len(rows)
-        self.labels = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
         if len(rows) == 0:
             raise ValueError("the split holds no images")
-        if num_classes is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
+        labels = rows.select_columns(["label"])[:]["label"] if num_classes is not None else [-1] * len(rows)
+        self.labels = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
+        # A split whose labels are all withheld, as test sets on the hub often are, is one without labels.
+        self.labelled = bool((self.labels >= 0).any())
+        if self.labelled and num_classes is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
             wrong = int(((self.labels < 0) | (self.labels >= num_classes)).nonzero()[0])
             raise ValueError(f"row {wrong} has label {int(self.labels[wrong])}, outside the {num_classes} classes")
 
@@ -145,9 +151,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def _decode(self, row: int, image: dict[str, Any] | None, crop_at: tuple[float, float]) -> Tensor | ValueError:
         image = image or {"bytes": None, "path": None}
         try:
-            with Image.open(
-                image["path"] if image["path"] and not image["bytes"] else io.BytesIO(image["bytes"])
-            ) as picture:
+            file = image["path"] if image["path"] and not image["bytes"] else io.BytesIO(image["bytes"])
+            with Image.open(file) as picture:
                 return to_pixels(picture, self.preprocessing, crop_at)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
             name = image["path"] or f"row {row}"

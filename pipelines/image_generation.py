@@ -87,11 +87,13 @@ class ImageGenerationPipeline:
             ValueError: for a class that the prior does not have.
         """
         names, count = self.class_names or [], self.prior.config.num_classes
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise ValueError(f"a class is given by number or name, got {label!r}")
         if count == 0:
             raise ValueError(f"this prior was trained without classes, but label {label!r} was given")
         if isinstance(label, str) and label in names:
             return names.index(label)
-        if isinstance(label, str) and not label.isdigit():
+        if isinstance(label, str) and not label.isdecimal():
             raise ValueError(did_you_mean(label, names, "class"))
         if not 0 <= int(label) < count:
             raise ValueError(f"the classes are numbered 0 to {count - 1}, got {label}")
@@ -107,7 +109,8 @@ class ImageGenerationPipeline:
             return None
         if isinstance(labels, Tensor):
             labels = labels.tolist()
-        numbers = [self.label_number(label) for label in ([labels] if isinstance(labels, int | str) else labels)]
+        each = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+        numbers = [self.label_number(label) for label in each]
         if len(numbers) == 1:
             numbers *= num_images
         if len(numbers) != num_images:

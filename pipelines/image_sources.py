@@ -15,6 +15,7 @@ from PIL import Image
 from configs.schema import DataConfig, SourceConfig
 from configs.validation import did_you_mean
 from pipelines.code_data import is_code_dataset
+from pipelines.index_stream import hold_out
 
 _IMAGE_SUFFIXES = set(Image.registered_extensions())
 _TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -213,8 +214,10 @@ def training_splits(config: DataConfig, seed: int) -> tuple[ImageSource, dataset
         others = [n for n in ("validation", "valid", "val", "test") if n in source.splits and n != config.split]
         return source, train, source.splits[others[0]] if others else None
     if isinstance(choice, float):
-        train, validation = hold_out(train, choice, seed)
-        return source, train, validation
+        if choice == 0:
+            return source, train, None
+        kept, held_out = hold_out(len(train), choice, seed)
+        return source, train.select(kept), train.select(held_out)
     if choice in source.splits:
         return source, train, source.splits[choice]
     if Path(choice).exists() or glob(choice) or "/" in choice:
@@ -224,17 +227,6 @@ def training_splits(config: DataConfig, seed: int) -> tuple[ImageSource, dataset
         preferred = [name for name in ("validation", "test") if name in other.splits]
         return source, train, other.splits[[*preferred, *other.splits][0]]
     return source, train, source.split(choice)
-
-
-def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Rows without, and rows with, a share drawn by seed; at least one row each where the share is above 0."""
-    if share == 0:
-        return rows, None
-    if len(rows) < 2:
-        raise ValueError(f"cannot hold out a share of {len(rows)} image; give validation=0")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
 def resolve_dataset_name(name: str) -> str:

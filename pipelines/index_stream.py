@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from configs.random_streams import mix
@@ -70,3 +71,16 @@ class IndexStream:
                     batch.append((order[position % self.num_items], position))
                 yield batch
             step += 1
+
+
+def hold_out(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items kept and items held out, each in order: a share drawn by seed, at least one item on either side.
+
+    Raises:
+        ValueError: where there are too few items to hold one out.
+    """
+    if num_items < 2:
+        raise ValueError(f"cannot hold out a share of {num_items} image; give validation=0")
+    order = np.random.default_rng(seed).permutation(num_items)
+    count = min(max(1, round(share * num_items)), num_items - 1)
+    return np.sort(order[count:]), np.sort(order[:count])

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from configs.schema import PriorTrainingConfig
 from configs.validation import did_you_mean
 from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
 from pipelines.evaluation import evaluate_prior
-from pipelines.index_stream import IndexStream
+from pipelines.index_stream import IndexStream, hold_out
 from pipelines.pictures import picture_grid
 from pipelines.training_run import TrainingRun, open_run
 from pipelines.weights import load_matching_weights
@@ -126,9 +125,7 @@ def _load_splits(config: PriorTrainingConfig, conditional: bool) -> tuple[Split,
         return train, load(others[0]) if others else None
     if config.validation == 0:
         return train, None
-    order = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(train[0])))
-    count = max(1, round(config.validation * len(order)))
-    parts = [index.sort().values for index in (order[count:], order[:count])]
+    parts = [torch.from_numpy(index) for index in hold_out(len(train[0]), config.validation, config.seed)]
     kept, held_out = [(train[0][i], None if train[1] is None else train[1][i]) for i in parts]
     return kept, held_out
 

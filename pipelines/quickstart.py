@@ -44,14 +44,6 @@ def quickstart(folder: Path, *, fresh: bool, started_at: float, overrides: tuple
     Returns:
         what metrics.json holds.
     """
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
-    wanted = ["tokenizer/result.json", "codes/codes.json", "prior/result.json", "pipeline/pipeline.json"]
-    wanted += ["samples.png", "reconstructions.png"]
-    if (folder / "metrics.json").is_file() and all((folder / name).is_file() for name in wanted):
-        print(f"{folder} is complete; --fresh starts over")
-        return json.loads((folder / "metrics.json").read_text())
-    folder.mkdir(parents=True, exist_ok=True)
     presets = files("configs")
     tokenizer_config = load_config(
         TokenizerTrainingConfig,
@@ -65,6 +57,14 @@ def quickstart(folder: Path, *, fresh: bool, started_at: float, overrides: tuple
     )
     encoding_config = EncodingConfig(tokenizer=f"{folder}/tokenizer", output_dir=f"{folder}/codes")
 
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    wanted = ["tokenizer/result.json", "codes/codes.json", "prior/result.json", "pipeline/pipeline.json"]
+    wanted += ["samples.png", "reconstructions.png"]
+    if (folder / "metrics.json").is_file() and all((folder / name).is_file() for name in wanted):
+        print(f"{folder} is complete; --fresh starts over")
+        return json.loads((folder / "metrics.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(folder / "seconds.json")
     stages.run("tokenizer", lambda: train_tokenizer(tokenizer_config))
     stages.run("encoding", lambda: encode_dataset(encoding_config))

@@ -141,6 +141,8 @@ def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:
     Raises:
         ValueError: with every differing key and both values.
     """
+    if run.is_file():
+        raise ValueError(f"{run} is a file; choose another output_dir")
     if not (run / CONFIG).is_file():
         if run.is_dir() and (found := sorted(p.name for p in run.iterdir() if not p.name.startswith("."))):
             raise ValueError(

@@ -43,6 +43,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         if run.plan(len(train_rows)):
             return run.folder
         train, validation = _make_datasets(run, config, tokenizer, source, train_rows, validation_rows)
+        if run.plan(len(train)):  # broken images that were skipped make an epoch shorter
+            return run.folder
         num_workers = default_num_workers(config.data)
         run.announce(
             tokenizer,

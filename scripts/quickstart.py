@@ -5,8 +5,7 @@ import os
 import time
 from pathlib import Path
 
-import transformers
-
+from configs.command_line import mistakes_as_messages
 from pipelines.quickstart import print_table, quickstart
 
 
@@ -16,12 +15,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both trainings, such as steps=2")
     arguments = parser.parse_args()
-    transformers.logging.disable_progress_bar()
     started_at = float(os.environ.get("QUICKSTART_STARTED_AT", time.time()))
-    figures = quickstart(
-        arguments.output_dir, fresh=arguments.fresh, started_at=started_at, overrides=tuple(arguments.overrides)
-    )
-    print_table(figures, arguments.output_dir)
+    with mistakes_as_messages():
+        figures = quickstart(
+            arguments.output_dir, fresh=arguments.fresh, started_at=started_at, overrides=tuple(arguments.overrides)
+        )
+        print_table(figures, arguments.output_dir)
 
 
 if __name__ == "__main__":

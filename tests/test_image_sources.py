@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs.schema import DataConfig, ImagePreprocessing, SourceConfig
 from pipelines.image_data import ImageDataset
-from pipelines.image_sources import ImageSource, hold_out, load_source, resolve_dataset_name, training_splits
+from pipelines.image_sources import ImageSource, load_source, resolve_dataset_name, training_splits
 
 
 @pytest.fixture(autouse=True)
@@ -445,20 +445,6 @@ def test_an_unknown_validation_split_is_named_with_the_existing_ones(three_split
 def test_an_unknown_training_split_is_named_with_the_existing_ones(three_splits):
     with pytest.raises(ValueError, match="unknown split 'full'; choose one of test, train, validation"):
         splits_of(three_splits, split="full")
-
-
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_a_share_leaves_at_least_one_image_on_either_side(share, count):
-    rows = image_rows(list(range(count))).cast_column("image", datasets.Image(decode=False))
-    train, validation = hold_out(rows, share, seed=0)
-    assert min(len(train), len(validation)) >= 1
-    assert sorted(values_of(train) + values_of(validation)) == list(range(count))
-
-
-def test_a_share_of_one_image_is_refused():
-    with pytest.raises(ValueError, match="cannot hold out a share of 1 image; give validation=0"):
-        hold_out(image_rows([1]), 0.5, seed=0)
 
 
 def test_a_local_dataset_resolves_to_an_absolute_path_and_a_name_to_itself(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 import pytest
 
-from pipelines.index_stream import IndexStream
+from pipelines.index_stream import IndexStream, hold_out
 
 Item = tuple[int, int]
 
@@ -98,3 +98,16 @@ def test_a_batch_that_does_not_divide_into_equal_slices_is_refused_with_the_numb
     assert f"{num_processes} processes" in message
     assert f"accumulation_steps={accumulation_steps}" in message
     assert message.endswith(f"a multiple of {num_processes * accumulation_steps}")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_share_leaves_at_least_one_item_on_either_side(share, count):
+    kept, held_out = hold_out(count, share, seed=0)
+    assert min(len(kept), len(held_out)) >= 1
+    assert sorted([*kept, *held_out]) == list(range(count))
+
+
+def test_a_share_of_one_item_is_refused():
+    with pytest.raises(ValueError, match="cannot hold out a share of 1 image; give validation=0"):
+        hold_out(1, 0.5, seed=0)
