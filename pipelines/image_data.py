@@ -135,7 +135,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.labels = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
         # A split whose labels are all withheld, as test sets on the hub often are, is one without labels.
         self.labelled = bool((self.labels >= 0).any())
-        if self.labelled and num_classes is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
+        known = 0 <= int(self.labels.min()) and int(self.labels.max()) < (num_classes or 0)
+        if self.labelled and not known:
             wrong = int(((self.labels < 0) | (self.labels >= num_classes)).nonzero()[0])
             raise ValueError(f"row {wrong} has label {int(self.labels[wrong])}, outside the {num_classes} classes")
 

@@ -190,12 +190,14 @@ class ImageGenerationPipeline:
             ValueError: where the folder holds something that is no pipeline.
         """
         folder = Path(save_directory)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
+        replaces = (folder / INDEX_FILE).is_file()
+        if folder.exists() and not replaces and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not empty and holds no pipeline; choose another folder")
-        replaced = Path(tempfile.mkdtemp(dir=folder.parent)) if (folder / INDEX_FILE).is_file() else None
+        replaced = None
         with whole_folder(folder) as partial:
             self._write(partial)
-            if replaced is not None:
+            if replaces:
+                replaced = Path(tempfile.mkdtemp(dir=folder.parent))
                 os.replace(folder, replaced)
         if replaced is not None:
             shutil.rmtree(replaced)

@@ -75,7 +75,7 @@ def test_saving_into_an_empty_folder_works_and_into_a_foreign_one_is_refused(
     with pytest.raises(ValueError, match=r"foreign is not empty and holds no pipeline"):
         pipeline.save_pretrained(tmp_path / "foreign")
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="thesis.tex"):
+    with pytest.raises(ValueError, match=r"thesis.tex is not empty"):
         pipeline.save_pretrained(tmp_path / "foreign" / "thesis.tex")
 
 

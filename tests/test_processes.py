@@ -1,0 +1,121 @@
+"""Two processes under torchrun do what one does: the same weights, figures and codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN
+from safetensors.torch import load_file
+
+from configs.loading import load_config
+from configs.schema import EncodingConfig, PriorTrainingConfig, TokenizerTrainingConfig
+from pipelines import encode_dataset, load_code_tensor, train_prior, train_tokenizer
+from prior import Prior
+from tokenizer import ImageTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+def two_processes(root: Path, script: str, overrides: list[str]) -> str:
+    """Run a script in two CPU processes; its output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(root / "scripts" / script), *overrides],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def require_same_training(one: Path, two: Path) -> None:
+    """Weights, and every number that was logged or reported, within 1e-4."""
+    mine, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    # Counters of codes in use restart with each look: they hold what this process saw.
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    for ours, other in zip((two / "metrics.jsonl").open(), (one / "metrics.jsonl").open(), strict=True):
+        ours, other = json.loads(ours), json.loads(other)
+        assert ours.keys() == other.keys()
+        for name in ours:
+            if "second" not in name:
+                assert ours[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["quantizer.name=ema", "quantizer.revive_after=2", "data.flip=true"],
+        ["quantizer.name=vq", "quantizer.revive_after=2", "weight_ema=0.9", "initialize_batches=2"],
+    ],
+    ids=["ema", "vq"],
+)
+def test_a_tokenizer_trained_by_two_processes_equals_that_of_one(
+    root: Path, image_folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    common = [*TINY_MODEL, *TINY_QUANTIZER, *TINY_RUN, "steps=4", "data.image_size=16", "mixed_precision=no"]
+    common += [f"data.dataset={image_folder}", "data.num_workers=0", *options]
+    one = train_tokenizer(load_config(TokenizerTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
+    printed = two_processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    assert "2 process" in printed
+    require_same_training(one, tmp_path / "two")
+    assert ImageTokenizer.from_pretrained(tmp_path / "two").fingerprint
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000004").glob("random-*"))) == 2
+
+
+def test_a_prior_trained_by_two_processes_equals_that_of_one(root: Path, code_folder: Path, tmp_path: Path) -> None:
+    common = [*TINY_PRIOR, *TINY_RUN, "model.dropout=0", "steps=4", "mixed_precision=no", f"codes={code_folder}"]
+    one = train_prior(load_config(PriorTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
+    printed = two_processes(root, "train_prior.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    assert "2 process" in printed
+    require_same_training(one, tmp_path / "two")
+    assert Prior.from_pretrained(tmp_path / "two").config.fingerprint == Prior.from_pretrained(one).config.fingerprint
+
+
+def test_two_processes_encode_every_image_once_and_in_order(
+    root: Path, image_folder: Path, tokenizer_run: Path, tmp_path: Path
+) -> None:
+    common = [f"tokenizer={tokenizer_run}", f"data.dataset={image_folder}", "batch_size=5", "data.num_workers=0"]
+    one = encode_dataset(load_config(EncodingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
+    two_processes(root, "encode_dataset.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    for split, count in (("train", 12), ("test", 6)):
+        codes, labels = load_code_tensor(tmp_path / "two", split)
+        expected, expected_labels = load_code_tensor(one, split)
+        assert len(codes) == count
+        assert torch.equal(codes, expected)
+        assert labels is not None
+        assert expected_labels is not None
+        assert torch.equal(labels, expected_labels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_run_of_one_process_goes_on_with_two(root: Path, image_folder: Path, tmp_path: Path) -> None:
+    common = [*TINY_MODEL, *TINY_QUANTIZER, *TINY_RUN, "data.image_size=16", "mixed_precision=no", "schedule=constant"]
+    common += [f"data.dataset={image_folder}", "data.num_workers=0"]
+
+    def config(name: str, steps: int) -> TokenizerTrainingConfig:
+        given = [*common, f"steps={steps}", f"output_dir={tmp_path / name}"]
+        return load_config(TokenizerTrainingConfig, None, given)
+
+    one = train_tokenizer(config("one", 4))
+    train_tokenizer(config("two", 2))
+    printed = two_processes(root, "train_tokenizer.py", [*common, "steps=4", f"output_dir={tmp_path / 'two'}"])
+    assert "from step 2" in printed
+    mine, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one / "model.safetensors")
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_dry_run_of_two_processes_leaves_nothing(root: Path, image_folder: Path, tmp_path: Path) -> None:
+    common = [*TINY_MODEL, *TINY_QUANTIZER, *TINY_RUN, "data.image_size=16", f"data.dataset={image_folder}"]
+    printed = two_processes(root, "train_tokenizer.py", [*common, "dry_run=true", f"output_dir={tmp_path / 'run'}"])
+    assert "all went well" in printed
+    assert list(tmp_path.iterdir()) == []
