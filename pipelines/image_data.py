@@ -135,9 +135,9 @@ class ImageDataset(torch.utils.data.Dataset):
         self.labels = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
         # A split whose labels are all withheld, as test sets on the hub often are, is one without labels.
         self.labelled = bool((self.labels >= 0).any())
-        known = 0 <= int(self.labels.min()) and int(self.labels.max()) < (num_classes or 0)
-        if self.labelled and not known:
-            wrong = int(((self.labels < 0) | (self.labels >= num_classes)).nonzero()[0])
+        outside = (self.labels < 0) | (self.labels >= (num_classes or 0))
+        if self.labelled and bool(outside.any()):
+            wrong = int(outside.nonzero()[0])
             raise ValueError(f"row {wrong} has label {int(self.labels[wrong])}, outside the {num_classes} classes")
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ class GPTConfig(PriorConfig):
     num_heads: Count = 6
     """Attention heads; width / num_heads must be a multiple of 4."""
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
-    """Dropout of embeddings and residual branches in training. Attention weights keep theirs: fused kernels need it."""
+    """Dropout of embeddings and residual branches in training. Attention weights have none: it would rule out fused kernels."""
 
 
 class GPT(Prior):
@@ -121,6 +121,8 @@ class GPT(Prior):
         guidance_scale: float = 1.0,
     ) -> Tensor:
         self.check_sampling(labels, temperature, top_k, top_p, guidance_scale)
+        if seeds is not None and seeds.shape != (batch_size,):
+            raise ValueError(f"expected one seed an image, ({batch_size},), got {tuple(seeds.shape)}")
         was_training = self.training
         self.eval()
         L, device = self.code_layout.num_codes, self.device

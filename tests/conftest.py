@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before any import of the libraries: a test never asks a server for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="tessera-tests-"))
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
@@ -19,6 +21,9 @@ from configs.loading import load_config
 from configs.schema import EncodingConfig, PriorTrainingConfig, TokenizerTrainingConfig
 from pipelines import encode_dataset, train_prior, train_tokenizer
 from tokenizer import ImageTokenizer, build_tokenizer
+
+# Tiny tensors gain nothing from a second thread, and two suites at once lose a lot.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 
