@@ -28,7 +28,7 @@ class GPTConfig(PriorConfig):
     num_heads: Count = 6
     """Attention heads; width / num_heads must be a multiple of 4."""
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
-    """Dropout of embeddings and residual branches in training. Attention weights have none: it would rule out fused kernels."""
+    """Dropout of embeddings and residual branches in training; not of attention weights, which fused kernels lack."""
 
 
 class GPT(Prior):
