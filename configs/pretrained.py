@@ -45,22 +45,34 @@ class StrictConfig(PreTrainedConfig):
 
 
 class StrictLoading:
-    """Mixin before PreTrainedModel: `from_pretrained` refuses weights that do not fit the model exactly."""
+    """Mixin before PreTrainedModel: `from_pretrained` finds the class and refuses weights that do not fit it."""
+
+    @classmethod
+    def known_classes(cls) -> tuple[str, dict[str, Any]]:
+        """What models of this kind are called, and the table of their classes, such as TOKENIZERS."""
+        raise TypeError(f"{cls.__name__} belongs to no table of models")
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: layers draw their own weights, and transformers would redraw every one of them as N(0, 0.02)."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved model; see `PreTrainedModel.from_pretrained`.
+        """Load a saved model of whichever class the folder or hub repository holds.
+
+        Further arguments are those of `PreTrainedModel.from_pretrained`: dtype, subfolder and so on.
 
         Raises:
-            ValueError: where tensors are missing, surplus or of another shape, all of them named.
+            ValueError: where there is no such model, or tensors are missing, surplus or of another shape: all named.
         """
+        kind, table = cls.known_classes()
+        folder = local_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", ""))
+        found = table[saved_model_type(folder, table, kind)]
+        if not issubclass(found, cls):
+            raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below with names, instead of a bare RuntimeError
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        model, info = super(StrictLoading, found).from_pretrained(  # type: ignore[misc]
+            folder, *args, output_loading_info=True, **kwargs
         )
         problems = {
             "missing": sorted(info["missing_keys"]),
@@ -68,9 +80,9 @@ class StrictLoading:
             "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
         }
         if any(problems.values()):
-            found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+            each = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
             raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit {cls.__name__}: {found}; "
+                f"the weights in {folder} do not fit {found.__name__}: {each}; "
                 "was the folder edited, or saved by another version?"
             )
         return (model, info) if wants_info else model  # type: ignore[return-value]

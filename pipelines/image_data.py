@@ -201,6 +201,7 @@ def _loader(dataset: Any, batches: Iterable, num_workers: int, *, pin: bool = Fa
         num_workers=num_workers,
         collate_fn=_identity,
         pin_memory=pin,
+        generator=torch.Generator(),  # a loader draws a seed when it starts: not from the one that a run resumes
         prefetch_factor=4 if num_workers else None,
     )
 

@@ -15,7 +15,7 @@ from configs.schema import PriorTrainingConfig
 from configs.validation import did_you_mean
 from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
 from pipelines.evaluation import evaluate_prior
-from pipelines.index_stream import IndexStream, hold_out
+from pipelines.index_stream import hold_out
 from pipelines.pictures import picture_grid
 from pipelines.training_run import TrainingRun, open_run
 from pipelines.weights import load_matching_weights
@@ -51,7 +51,7 @@ def train_prior(config: PriorTrainingConfig) -> Path:
                 "codes": f"{info.layout}, {info.layout.bits:,.0f} bits an image, {classes}",
                 "images": f"{len(train[0]):,} of {config.codes}",
                 "validation": "none: give validation= to measure" if validation is None else f"{len(validation[0]):,}",
-                "pictures": why_no_pictures or f"every {config.sample_every or config.steps} steps",
+                "pictures": why_no_pictures or f"every {config.sample_every or run.total_steps} steps",
             },
             len(train[0]),
         )
@@ -154,16 +154,7 @@ def _code_batches(
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Endless micro-batches of codes, labels and seeds on the device."""
     codes, labels = split
-    stream = IndexStream(
-        len(codes),
-        config.batch_size,
-        seed=config.seed,
-        start_step=run.start_step,
-        accumulation_steps=config.accumulation_steps,
-        num_processes=run.accelerator.num_processes,
-        process_index=run.accelerator.process_index,
-    )
-    for items in stream:
+    for items in run.stream(len(codes)):
         index, positions = torch.tensor(items).T
         yield (
             codes[index].long().to(run.device, non_blocking=True),

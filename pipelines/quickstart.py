@@ -25,7 +25,7 @@ from pipelines.image_generation import ImageGenerationPipeline
 from pipelines.image_sources import load_source
 from pipelines.pictures import picture_grid, reconstruction_grid
 from pipelines.prior_training import train_prior
-from pipelines.run_folder import write_json
+from pipelines.run_folder import read_json, write_json
 from pipelines.tokenizer_training import train_tokenizer
 
 SAMPLES_PER_CLASS = 10
@@ -61,17 +61,18 @@ def quickstart(folder: Path, *, fresh: bool, started_at: float, overrides: tuple
         shutil.rmtree(folder)
     wanted = ["tokenizer/result.json", "codes/codes.json", "prior/result.json", "pipeline/pipeline.json"]
     wanted += ["samples.png", "reconstructions.png"]
-    if (folder / "metrics.json").is_file() and all((folder / name).is_file() for name in wanted):
+    finished = read_json(folder / "metrics.json")
+    if finished and finished["overrides"] == list(overrides) and all((folder / name).is_file() for name in wanted):
         print(f"{folder} is complete; --fresh starts over")
-        return json.loads((folder / "metrics.json").read_text())
+        return finished
     folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(folder / "seconds.json")
-    stages.run("tokenizer", lambda: train_tokenizer(tokenizer_config))
-    stages.run("encoding", lambda: encode_dataset(encoding_config))
-    stages.run("prior", lambda: train_prior(prior_config))
+    stages.run("tokenizer", lambda: train_tokenizer(tokenizer_config), mark=folder / "tokenizer" / "result.json")
+    stages.run("encoding", lambda: encode_dataset(encoding_config), mark=folder / "codes" / "codes.json")
+    stages.run("prior", lambda: train_prior(prior_config), mark=folder / "prior" / "result.json")
     samples, labels = stages.run("sampling", lambda: _sample(folder))
 
-    figures = _measure(folder, samples, labels)
+    figures = _measure(folder, samples, labels) | {"overrides": list(overrides)}
     total = time.time() - started_at + stages.earlier_seconds
     figures["seconds"] = {name: round(value, 1) for name, value in (stages.seconds | {"total": total}).items()}
     write_json(folder / "metrics.json", figures)
@@ -86,12 +87,14 @@ class _Stages:
         self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
         self.earlier_seconds = 0.0
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
+    def run(self, name: str, work: Callable[[], Any], *, mark: Path | None = None) -> Any:
+        """Do a stage; where the file `mark` stands already, its work was done by an earlier run."""
         print(f"\n== {name}", flush=True)
+        picked_up = mark is not None and mark.is_file() and name in self.seconds
         start = time.perf_counter()
         result = work()
         took = time.perf_counter() - start
-        if name in self.seconds and name != "sampling":
+        if picked_up:
             self.earlier_seconds += self.seconds[name]
         else:
             self.seconds[name] = took

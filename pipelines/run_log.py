@@ -84,3 +84,10 @@ class RunLog:
             written = [(line, json.loads(line)) for line in lines]
             kept = [line for line, v in written if v["step"] <= step or split not in (None, v["split"])]
             file.write_text("".join(f"{line}\n" for line in kept))
+
+
+def duration(seconds: float) -> str:
+    """A time span as a person says it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds}s" if minutes else f"{seconds}s"

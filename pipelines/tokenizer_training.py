@@ -18,7 +18,6 @@ from pipelines.image_data import (
     prepare_dataset,
 )
 from pipelines.image_sources import ImageSource, training_splits
-from pipelines.index_stream import IndexStream
 from pipelines.pictures import reconstruction_grid
 from pipelines.training_run import TrainingRun, open_run
 from pipelines.weights import load_matching_weights
@@ -60,15 +59,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         )
         torch.nn.Module.to(tokenizer, memory_format=torch.channels_last)
         run.prepare(tokenizer)
-        stream = IndexStream(
-            len(train),
-            config.batch_size,
-            seed=config.seed,
-            start_step=run.start_step,
-            accumulation_steps=config.accumulation_steps,
-            num_processes=run.accelerator.num_processes,
-            process_index=run.accelerator.process_index,
-        )
+        stream = run.stream(len(train))
         if run.start_step == 0 and config.init_from is None:
             _initialize(run, tokenizer, image_batches(train, stream, run.device, 0), config.initialize_batches)
         batches = image_batches(train, stream, run.device, num_workers)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from configs.schema import RunConfig
 from pipelines.checkpoints import TrainedState, load_random_state, load_trained_state, save_checkpoint
 from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator, peak_memory_mib
+from pipelines.index_stream import IndexStream
 from pipelines.optimization import learning_rate, make_optimizer
 from pipelines.run_folder import (
     RESULT,
@@ -36,7 +37,7 @@ from pipelines.run_folder import (
     write_config,
     write_json,
 )
-from pipelines.run_log import RunLog
+from pipelines.run_log import RunLog, duration
 from pipelines.stop_signals import StopSignals
 
 DEFAULT_STEPS = 1000
@@ -147,6 +148,18 @@ class TrainingRun:
             settings = {k: v for k, v in flatten(self.recorded).items() if isinstance(v, int | float | str | bool)}
             self.accelerator.init_trackers(self.config.project, settings)
 
+    def stream(self, num_items: int) -> IndexStream:
+        """The training items of this process, from the first step that is left."""
+        return IndexStream(
+            num_items,
+            self.config.batch_size,
+            seed=self.config.seed,
+            start_step=self.start_step,
+            accumulation_steps=self.config.accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+        )
+
     @property
     def evaluated_model(self) -> Any:
         """The model that is evaluated, drawn from and saved: the averaged weights where they are on."""
@@ -177,7 +190,7 @@ class TrainingRun:
                 self.bar.update()
                 if step + 1 == self.start_step + 20 and self.total_steps - step > 20:
                     left = (time.perf_counter() - self.loop_started_at) / 20 * (self.total_steps - step - 1)
-                    self.log.print(f"about {_duration(left)}", "time to the end")
+                    self.log.print(f"about {duration(left)}", "time to the end")
                 if self._should_stop(step):
                     self.save_checkpoint(step)
                     raise KeyboardInterrupt(
@@ -247,31 +260,23 @@ class TrainingRun:
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[TrainingRun]:
     """A run for `config`; out of memory is explained, trackers are closed, and a dry run leaves nothing behind."""
-    advice = (
-        f"lower batch_size={config.batch_size}, or keep it and raise accumulation_steps={config.accumulation_steps}"
-    )
+    advice = f"lower batch_size={config.batch_size}, or raise accumulation_steps={config.accumulation_steps}"
     folder = Path(config.output_dir)
     scratch = folder.with_name(f".{folder.name}.dry-run")  # a name that all processes know
     if config.dry_run:
         shutil.rmtree(scratch, ignore_errors=True)
         config = dataclasses.replace(
-            config,
-            steps=2,
-            epochs=None,
-            log_every=1,
-            validate_every=1,
-            sample_every=1,
-            checkpoint_every=1,
-            output_dir=str(scratch),
-            tracker="none",
-            resume="auto",
+            config, steps=2, epochs=None, output_dir=str(scratch), tracker="none", resume="auto"
         )
+        config = dataclasses.replace(config, log_every=1, validate_every=1, sample_every=1, checkpoint_every=1)
     try:
         with explain_out_of_memory(advice):
             run = TrainingRun(config)
-            yield run
-        if config.tracker != "none":
-            run.accelerator.end_training()
+            try:
+                yield run
+            finally:
+                if config.tracker != "none":
+                    run.accelerator.end_training()
         if config.dry_run:
             memory = f"peak memory {peak_memory_mib(run.device):,} MiB"
             run.log.print(f"dry run: two steps, a checkpoint, a picture and a saved model all went well; {memory}")
@@ -289,9 +294,3 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
         log_with=config.tracker if config.tracker != "none" else None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds}s" if minutes else f"{seconds}s"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.layout import CodeLayout
-from configs.pretrained import StrictConfig, StrictLoading, local_folder, saved_model_type
+from configs.pretrained import StrictConfig, StrictLoading
 from configs.validation import Share
 
 
@@ -177,16 +177,7 @@ class Prior(StrictLoading, PreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved prior of whichever kind the folder or hub repository holds.
-
-        Raises:
-            ValueError: where there is none, or its weights do not fit.
-        """
+    def known_classes(cls) -> tuple[str, dict[str, Any]]:
         from prior import PRIORS  # the table imports this file
 
-        folder = local_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", ""))
-        found = PRIORS[saved_model_type(folder, PRIORS, "prior")]
-        if not issubclass(found, cls):
-            raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
-        return super(Prior, found).from_pretrained(folder, *args, **kwargs)
+        return "prior", PRIORS

@@ -87,7 +87,6 @@ def test_a_second_quickstart_returns_the_same_figures_and_changes_no_file(
 def test_a_deleted_stage_alone_is_done_again(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, deleted: str, kept: tuple[str, ...]
 ) -> None:
-    # Renamed rather than copied: a code dataset knows where its tokenizer is.
     folder, figures = finished
     saved = tmp_path / "saved"
     shutil.copytree(folder, saved)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.layout import CodeLayout
-from configs.pretrained import StrictConfig, StrictLoading, local_folder, saved_model_type
+from configs.pretrained import StrictConfig, StrictLoading
 from configs.schema import ImagePreprocessing
 from tokenizer.quantizers import Quantizer
 
@@ -200,16 +200,7 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved tokenizer of whichever kind the folder or hub repository holds.
-
-        Raises:
-            ValueError: where there is none, or its weights do not fit.
-        """
+    def known_classes(cls) -> tuple[str, dict[str, Any]]:
         from tokenizer import TOKENIZERS  # the table imports this file
 
-        folder = local_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", ""))
-        found = TOKENIZERS[saved_model_type(folder, TOKENIZERS, "tokenizer")]
-        if not issubclass(found, cls):
-            raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
-        return super(ImageTokenizer, found).from_pretrained(folder, *args, **kwargs)
+        return "tokenizer", TOKENIZERS
