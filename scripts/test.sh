@@ -8,4 +8,5 @@ if [ "${1:-}" = "--slow" ]; then marks="slow or not slow"; shift; fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest -m "$marks" "$@"
+# Two processes for two cores; a file stays in one of them, so that its fixtures are built once.
+.venv/bin/pytest -n 2 --dist loadfile -m "$marks" "$@"
