@@ -23,7 +23,9 @@ class StopSignals:
     def __enter__(self) -> Self:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
+                # A job in the background is started with Ctrl-C ignored, and means it.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         except ValueError:
             pass  # not in the main thread, where Python allows no handlers
         return self

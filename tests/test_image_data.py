@@ -379,9 +379,9 @@ def test_batches_are_floats_in_the_unit_range_with_their_labels_in_order(rows):
     assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1] * 12
 
 
-def test_labels_are_zeros_where_there_are_no_classes(rows):
+def test_labels_are_minus_one_where_there_are_no_classes(rows):
     dataset = ImageDataset(rows.remove_columns("label"), target(8), num_classes=None)
-    assert dataset.__getitems__([(1, 0), (2, 1)]).labels.tolist() == [0, 0]
+    assert dataset.__getitems__([(1, 0), (2, 1)]).labels.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("label", [-1, 2])

@@ -296,6 +296,15 @@ def test_the_run_folder_of_another_stage_is_refused_and_left_alone(
         train("prior")
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C as a terminal gives it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_and_says_where(
@@ -311,6 +320,7 @@ def test_a_signal_saves_a_checkpoint_and_says_where(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_signal_stops_at_once(train: Train, tmp_path: Path) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
