@@ -21,8 +21,8 @@ _OURS = Path(__file__).resolve().parent.parent
 def _raised_by_a_check(error: BaseException) -> bool:
     """Whether one of our own lines raised it, rather than a library below us: then the message says it all."""
     frames = traceback.extract_tb(error.__traceback__)
-    innermost = Path(frames[-1].filename).resolve() if frames else _OURS
-    return innermost.is_relative_to(_OURS) and "site-packages" not in innermost.parts
+    innermost = Path(frames[-1].filename) if frames else _OURS
+    return innermost.is_absolute() and innermost.is_relative_to(_OURS) and "site-packages" not in innermost.parts
 
 
 @contextmanager

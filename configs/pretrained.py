@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from configs.validation import coerce, did_you_mean, field_hints
@@ -71,9 +72,12 @@ class StrictLoading:
             raise ValueError(f"{folder} holds a {found.__name__}, not a {cls.__name__}")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below with names, instead of a bare RuntimeError
-        model, info = super(StrictLoading, found).from_pretrained(  # type: ignore[misc]
-            folder, *args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super(StrictLoading, found).from_pretrained(  # type: ignore[misc]
+                folder, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} are damaged ({error}); copy or train them again") from error
         problems = {
             "missing": sorted(info["missing_keys"]),
             "unexpected": sorted(info["unexpected_keys"]),
@@ -88,6 +92,13 @@ class StrictLoading:
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
 
+def is_hub_name(name_or_path: str | Path) -> bool:
+    """Whether a name could be `user/name` on the hub: nothing that stands here, or would stand in a folder of ours."""
+    text, path = str(name_or_path), Path(name_or_path)
+    is_path = path.exists() or text.startswith((".", "/", "~", "runs/")) or path.parent.is_dir()
+    return not is_path and text.count("/") == 1
+
+
 def local_folder(name_or_path: str | Path, subfolder: str = "") -> Path:
     """A folder on disk for a path or hub name, downloading the latter.
 
@@ -97,7 +108,7 @@ def local_folder(name_or_path: str | Path, subfolder: str = "") -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path / subfolder
-    if path.exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/", "~")):
+    if not is_hub_name(name_or_path):
         raise ValueError(f"there is no folder {name_or_path}")
     try:
         return Path(snapshot_download(str(name_or_path))) / subfolder

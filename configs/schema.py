@@ -68,7 +68,7 @@ class DataConfig(SourceConfig):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     """How pictures are resized until they cover image_size; the rest is cropped."""
     crop: Literal["center", "random"] = "center"
-    """Where training pictures are cropped; validation and encoding crop the centre."""
+    """Where training pictures that are not of image_size's proportions are cropped; elsewhere it is the centre."""
     flip: bool = False
     """Mirror every second training picture, left to right."""
     cache_mib: CountOrZero = 1024
@@ -85,7 +85,7 @@ class RunConfig(Schema):
     """Optimizer steps; give steps or epochs."""
     epochs: Annotated[float, Range(0.0001)] | None = None
     """Passes over the training split; give steps or epochs."""
-    batch_size: Count = 64
+    batch_size: Annotated[int, Range(1, 2**20)] = 64
     """Images per optimizer step, summed over processes and accumulation steps."""
     accumulation_steps: Count = 1
     """Forward and backward passes per optimizer step; more of them need less memory."""
@@ -243,7 +243,7 @@ class GenerationConfig(Schema):
     """How many images; with labels=each, how many of each class."""
     labels: Any = None
     """One class (number or name), a list of num_images of them, or each; by default without a class."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Image i depends on (seed, i) only."""
     batch_size: Count = 64
     """Images sampled at once."""

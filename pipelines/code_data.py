@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from configs.layout import CodeLayout
+from configs.pretrained import is_hub_name
 from configs.validation import did_you_mean
 
 INFO_FILE = "codes.json"
@@ -108,7 +109,7 @@ def make_split(codes: np.ndarray, labels: np.ndarray | None, info: CodeInfo) -> 
 
 def _folder(path_or_hub: str | Path) -> Path:
     path = Path(path_or_hub)
-    if path.exists() or str(path_or_hub).count("/") != 1 or str(path_or_hub).startswith((".", "/", "~")):
+    if not is_hub_name(path_or_hub):
         return path
     try:
         return Path(snapshot_download(str(path_or_hub), repo_type="dataset"))

@@ -26,6 +26,11 @@ def share_of_process(batches: list[Any], accelerator: Accelerator) -> list[Any]:
     return batches[accelerator.process_index :: accelerator.num_processes]
 
 
+def _precise(device: torch.device) -> torch.dtype:
+    """The type of sums over a split: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: ImageTokenizer,
@@ -45,7 +50,7 @@ def evaluate_tokenizer(
     was_training = tokenizer.training
     tokenizer.eval()
     counts = torch.zeros(tokenizer.code_layout.vocab_size, dtype=torch.int64, device=accelerator.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # psnr, l1, l2, images
+    sums = torch.zeros(4, dtype=_precise(accelerator.device), device=accelerator.device)  # psnr, l1, l2, images
     batches = share_of_process(in_order(len(dataset), batch_size)[:max_batches], accelerator)
     for batch in image_batches(dataset, batches, accelerator.device, num_workers):
         with accelerator.autocast():
@@ -57,11 +62,11 @@ def evaluate_tokenizer(
             error.square().flatten(1).mean(1).sum(),
             torch.tensor(len(batch.images), device=accelerator.device),
         ]
-        sums += torch.stack([value.double() for value in values])
+        sums += torch.stack([value.to(sums.dtype) for value in values])
         counts += metrics.count_codes(output.codes, len(counts))
     tokenizer.train(was_training)
     psnr, l1, l2, num_images = accelerator.reduce(sums, "sum").tolist()
-    counts = accelerator.reduce(counts, "sum")
+    counts = accelerator.reduce(counts, "sum").cpu()
     return {
         "psnr_db": psnr / num_images,
         "l1": l1 / num_images,
@@ -90,14 +95,14 @@ def evaluate_prior(
     """
     was_training = prior.training
     prior.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # nats, codes
+    sums = torch.zeros(2, dtype=_precise(accelerator.device), device=accelerator.device)  # nats, codes
     starts = list(range(0, len(codes), batch_size))[:max_batches]
     for start in share_of_process(starts, accelerator):
         batch = codes[start : start + batch_size].to(accelerator.device).long()
         classes = None if labels is None else labels[start : start + batch_size].to(accelerator.device)
         with accelerator.autocast():
             loss = prior(batch, classes).loss
-        sums += torch.stack([loss.double() * batch.numel(), torch.tensor(float(batch.numel())).to(loss.device)])
+        sums += torch.stack([loss * batch.numel(), loss.new_tensor(batch.numel())]).to(sums.dtype)
     prior.train(was_training)
     nats, num_codes = accelerator.reduce(sums, "sum").tolist()
     bits = metrics.to_bits(nats / num_codes)

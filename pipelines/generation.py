@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import GenerationConfig
-from pipelines.devices import autocast, default_device, explain_out_of_memory, resolve_mixed_precision
+from pipelines.devices import explain_out_of_memory, make_accelerator
 from pipelines.image_data import to_pil
 from pipelines.image_generation import ImageGenerationPipeline
 from pipelines.pictures import picture_grid
@@ -20,7 +20,10 @@ def generate(config: GenerationConfig) -> Path:
     Raises:
         ValueError: where models are missing or do not belong together, a class is unknown, or the folder is not empty.
     """
+    accelerator = make_accelerator(config.mixed_precision)
     output = Path(config.output_dir)
+    if not accelerator.is_main_process:
+        return output  # one process draws them all: `accelerate launch` starts one on every GPU
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; choose another output_dir or empty it")
     if config.pipeline is not None:
@@ -29,9 +32,7 @@ def generate(config: GenerationConfig) -> Path:
         assert config.tokenizer is not None
         assert config.prior is not None
         pipeline = ImageGenerationPipeline.from_parts(config.tokenizer, config.prior)
-    device = default_device()
-    pipeline.to(device)
-    precision = resolve_mixed_precision(config.mixed_precision, device)
+    pipeline.to(accelerator.device)
     num_images, labels, columns = config.num_images, config.labels, None
     if labels == "each":
         num_classes = pipeline.prior.config.num_classes
@@ -39,7 +40,7 @@ def generate(config: GenerationConfig) -> Path:
             raise ValueError("labels=each needs a prior with classes, and this one has none")
         labels, columns = [label for label in range(num_classes) for _ in range(num_images)], num_images
         num_images *= num_classes
-    with autocast(precision, device), explain_out_of_memory(f"lower batch_size={config.batch_size}"):
+    with accelerator.autocast(), explain_out_of_memory(f"lower batch_size={config.batch_size}"):
         result = pipeline(
             num_images,
             labels,

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from configs.pretrained import is_hub_name
 from configs.schema import DataConfig, SourceConfig
 from configs.validation import did_you_mean
 from pipelines.code_data import is_code_dataset
@@ -103,6 +104,8 @@ def _labels_are_split_folders(splits: datasets.DatasetDict, folder: Path) -> boo
 
 
 def _load(name: str, configuration: str | None) -> datasets.DatasetDict:
+    if configuration is not None and not is_hub_name(name) and (name == "digits" or "/" in name):
+        raise ValueError(f"data.name={configuration} is for datasets of the hub, not for data.dataset={name}")
     if name == "digits":
         return _digits()
     path = Path(name).expanduser()

@@ -17,10 +17,14 @@ from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load
 from pipelines.evaluation import evaluate_prior
 from pipelines.index_stream import hold_out
 from pipelines.pictures import picture_grid
+from pipelines.run_folder import read_json, write_json
 from pipelines.training_run import TrainingRun, open_run
 from pipelines.weights import load_matching_weights
 from prior import Prior, build_prior
 from tokenizer import ImageTokenizer
+
+SOURCE_FILE = "source.json"
+"""Beside the checkpoints: the fingerprint of the codes that the run is trained on."""
 
 Split = tuple[Tensor, Tensor | None]
 """Codes `(N, *layout.shape)` in their stored type, and labels `(N,)` or None."""
@@ -39,6 +43,7 @@ def train_prior(config: PriorTrainingConfig) -> Path:
     with open_run(config) as run:
         config = run.config  # type: ignore[assignment]
         info = load_code_info(config.codes)
+        _require_same_codes(run, info, config.codes)
         prior = _make_prior(config, info)
         train, validation = _load_splits(config, prior.config.num_classes > 0)
         if run.plan(len(train[0])):
@@ -56,6 +61,8 @@ def train_prior(config: PriorTrainingConfig) -> Path:
             len(train[0]),
         )
         run.prepare(prior)
+        if run.is_main:
+            write_json(run.folder / SOURCE_FILE, {"fingerprint": info.fingerprint})
         if tokenizer is not None:
             tokenizer.to(run.device)
         batches = _code_batches(run, train, config)
@@ -86,6 +93,17 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         return run.folder
 
 
+def _require_same_codes(run: TrainingRun, info: CodeInfo, codes: str) -> None:
+    """Refuse to go on with a run on codes that another tokenizer made, where the same folder held others before."""
+    trained_on = read_json(run.folder / SOURCE_FILE)
+    going_on = run.checkpoint is not None or run.result is not None
+    if going_on and trained_on is not None and trained_on["fingerprint"] != info.fingerprint:
+        raise ValueError(
+            f"{run.folder} was trained on codes of another tokenizer than those in {codes} now: the fingerprints are "
+            f"{trained_on['fingerprint'][:12]} and {info.fingerprint[:12]}; choose another output_dir"
+        )
+
+
 def _make_prior(config: PriorTrainingConfig, info: CodeInfo) -> Prior:
     class_names = info.class_names if config.class_conditional else None
     prior = build_prior(
@@ -102,8 +120,11 @@ def _make_prior(config: PriorTrainingConfig, info: CodeInfo) -> Prior:
         if name not in options or name in ("batch_size", "labels", "seeds"):
             known = [n for n in options if n not in ("batch_size", "labels", "seeds")]
             raise ValueError(did_you_mean(f"sampling.{name}", [f"sampling.{n}" for n in known], "key"))
-    if config.sampling.get("guidance_scale", 1) != 1 and (not class_names or prior.config.label_dropout == 0):
-        raise ValueError("sampling.guidance_scale needs codes with classes and model.label_dropout above 0")
+    drawn = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0} | config.sampling
+    try:
+        prior.check_sampling(torch.zeros(1, dtype=torch.int64) if class_names else None, **drawn)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the pictures cannot be drawn with sampling={config.sampling}: {error}") from error
     return prior
 
 
@@ -117,6 +138,8 @@ def _load_splits(config: PriorTrainingConfig, conditional: bool) -> tuple[Split,
     train = load(config.split)
     if len(train[0]) == 0:
         raise ValueError(f"{config.codes} split {config.split} holds no images")
+    if conditional and train[1] is None:
+        raise ValueError(f"{config.codes} split {config.split} has no labels; give class_conditional=false")
     if isinstance(config.validation, str):
         return train, load(config.validation)
     if config.validation is None:

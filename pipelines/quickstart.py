@@ -58,6 +58,8 @@ def quickstart(folder: Path, *, fresh: bool, started_at: float, overrides: tuple
     encoding_config = EncodingConfig(tokenizer=f"{folder}/tokenizer", output_dir=f"{folder}/codes")
 
     if fresh and folder.exists():
+        if any(folder.iterdir()) and not (folder / "seconds.json").is_file() and not (folder / "tokenizer").is_dir():
+            raise ValueError(f"{folder} is not empty and holds no quickstart; --fresh will not delete it")
         shutil.rmtree(folder)
     wanted = ["tokenizer/result.json", "codes/codes.json", "prior/result.json", "pipeline/pipeline.json"]
     wanted += ["samples.png", "reconstructions.png"]

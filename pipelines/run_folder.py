@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from configs.loading import read_yaml, write_yaml
 
@@ -164,6 +165,25 @@ def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:
             f"{run} holds another run: {'; '.join(differing)}. "
             "Choose another output_dir, or the same values to go on with it"
         )
+
+
+def lock(run: Path) -> IO[str]:
+    """Hold a run folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: where another process trains in it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("w")
+    try:
+        # Unlike flock, this lock is not inherited by loader processes that outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(
+            f"{run} is being trained by another process; wait for it, or choose another output_dir"
+        ) from error
+    return file
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:

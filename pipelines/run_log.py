@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ class RunLog:
         """A line above the progress bar, behind its name."""
         if self.accelerator.is_main_process:
             tqdm.write(f"{name:>14}  {text}" if name else text)
+            sys.stdout.flush()  # a log file is read while the run goes on
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Remember values of one micro-batch; they stay on the device until `take_means`."""
@@ -83,7 +86,9 @@ class RunLog:
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
             written = [(line, json.loads(line)) for line in lines]
             kept = [line for line, v in written if v["step"] <= step or split not in (None, v["split"])]
-            file.write_text("".join(f"{line}\n" for line in kept))
+            partial = file.with_name(f".{file.name}.partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(partial, file)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -18,6 +19,7 @@ class StopSignals:
     def __init__(self, announce: Callable[[], None]) -> None:
         self.announce = announce
         self.requested = False
+        self._owner = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -31,6 +33,8 @@ class StopSignals:
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a loader process, which inherited the handler and ends with its parent
         self.requested = True
         self._restore()
         self.announce()

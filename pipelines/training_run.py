@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import transformers
@@ -30,6 +30,7 @@ from pipelines.run_folder import (
     checkpoint_folder,
     discard_checkpoints_after,
     flatten,
+    lock,
     newest_whole_checkpoint,
     read_json,
     require_same_run,
@@ -58,7 +59,9 @@ class TrainingRun:
     model: nn.Module
     unwrapped: PreTrainedModel
     optimizer: Any
+    total_steps = 0
     averaged: AveragedModel | None = None
+    locked: IO[str] | None = None
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -76,7 +79,6 @@ class TrainingRun:
         self.recorded = config.to_dict() | {"mixed_precision": self.accelerator.mixed_precision}
         require_same_run(self.folder, self.recorded, trained=started)
         self.start_step = int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
-        self.total_steps = 0
         self.stop = StopSignals(lambda: self.log.print("stopping after this step; once more to stop at once"))
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
@@ -108,11 +110,11 @@ class TrainingRun:
         """Print what is about to be trained."""
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps_per_epoch = num_items / self.config.batch_size
         rows = {
             "parameters": f"{parameters:,}" + (f" ({trainable:,} trained)" if trainable != parameters else ""),
             **lines,
-            "steps": f"{self.total_steps:,} of {self.config.batch_size} images, {steps_per_epoch:,.1f} an epoch",
+            "steps": f"{self.total_steps:,} of {self.config.batch_size} images, "
+            f"{num_items / self.config.batch_size:,.1f} an epoch",
             "hardware": f"{describe_hardware(self.device)}, mixed_precision={self.accelerator.mixed_precision}, "
             f"{self.accelerator.num_processes} process(es)",
         }
@@ -124,6 +126,7 @@ class TrainingRun:
     def prepare(self, model: PreTrainedModel) -> None:
         """Put model and optimizer on the device, with the state of the newest checkpoint where there is one."""
         if self.is_main:
+            self.locked = lock(self.folder)
             write_config(self.folder, self.recorded)
             discard_checkpoints_after(self.folder, self.start_step)
         self.log.cut_after(self.start_step)
@@ -211,7 +214,7 @@ class TrainingRun:
             self.averaged.update_parameters(self.unwrapped)
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something that happens `every` n steps, and at the last one, happens after this step."""
+        """Whether what happens `every` n steps, and at the last one, happens after this step."""
         return step + 1 == self.total_steps or (every > 0 and (step + 1) % every == 0)
 
     def log_means(self, step: int) -> None:
@@ -261,8 +264,7 @@ class TrainingRun:
 def open_run(config: RunConfig) -> Iterator[TrainingRun]:
     """A run for `config`; out of memory is explained, trackers are closed, and a dry run leaves nothing behind."""
     advice = f"lower batch_size={config.batch_size}, or raise accumulation_steps={config.accumulation_steps}"
-    folder = Path(config.output_dir)
-    scratch = folder.with_name(f".{folder.name}.dry-run")  # a name that all processes know
+    scratch = Path(config.output_dir).with_name(f".{Path(config.output_dir).name}.dry-run")  # all processes know it
     if config.dry_run:
         shutil.rmtree(scratch, ignore_errors=True)
         config = dataclasses.replace(
@@ -277,6 +279,8 @@ def open_run(config: RunConfig) -> Iterator[TrainingRun]:
             finally:
                 if config.tracker != "none":
                     run.accelerator.end_training()
+                if run.locked is not None:
+                    run.locked.close()
         if config.dry_run:
             memory = f"peak memory {peak_memory_mib(run.device):,} MiB"
             run.log.print(f"dry run: two steps, a checkpoint, a picture and a saved model all went well; {memory}")

@@ -273,7 +273,9 @@ def test_guidance_of_a_prior_without_label_dropout_is_refused(
     generation_refusal, prior_refusal, prior_without_label_dropout
 ):
     message = prior_refusal("sampling.guidance_scale=2", "model.label_dropout=0")
-    assert message == "sampling.guidance_scale needs codes with classes and model.label_dropout above 0"
+    assert message.startswith(
+        "the pictures cannot be drawn with sampling={'guidance_scale': 2}: guidance_scale=2 needs a"
+    )
     message = generation_refusal(f"prior={prior_without_label_dropout}", "labels=cat", "guidance_scale=2")
     assert "guidance_scale=2.0 needs a prior trained with label dropout" in message
     assert "model.label_dropout=0" in message
@@ -342,3 +344,12 @@ def test_other_errors_pass_through_unchanged():
     with pytest.raises(RuntimeError) as raised, explain_out_of_memory("lower batch_size=64"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("option", ["top_k=0", "top_k=abc", "temperature=-1", "top_p=2"])
+def test_sampling_options_out_of_range_are_refused_before_training(prior_refusal, option):
+    name, _, value = option.partition("=")
+    message = prior_refusal(f"sampling.{option}")
+    assert "the pictures cannot be drawn" in message
+    assert name in message
+    assert value in message

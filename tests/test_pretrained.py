@@ -201,3 +201,11 @@ def test_a_folder_with_a_config_but_no_weights_is_refused(kind, tmp_path: Path):
 def test_a_missing_folder_is_refused(kind, tmp_path: Path):
     with pytest.raises(ValueError, match="there is no folder"):
         load(kind, tmp_path / "nowhere")
+
+
+def test_a_truncated_file_of_weights_is_named(kind: str, tmp_path: Path) -> None:
+    build(kind).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="the weights in .* are damaged"):
+        KINDS[kind][0].from_pretrained(tmp_path)

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,3 +344,33 @@ def test_metrics_hold_every_step_once_however_often_a_run_is_stopped(train: Trai
     assert [line["step"] for line in found if line["split"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["step"] for line in found if line["split"] == "validation"] == [2, 4, 6, 7]
     assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+
+
+def test_a_prior_does_not_go_on_with_codes_of_another_tokenizer(
+    train: Train, tmp_path: Path, code_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = tmp_path / "codes"
+    shutil.copytree(code_folder, codes)
+    train("prior", f"codes={codes}")
+    info = json.loads((codes / "codes.json").read_text())
+    (codes / "codes.json").write_text(json.dumps(info | {"fingerprint": "0" * 64, "tokenizer": None}))
+    with pytest.raises(ValueError, match="was trained on codes of another tokenizer"):
+        train("prior", f"codes={codes}")
+
+
+def test_two_processes_cannot_train_in_one_folder(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    hold = "import sys; from pathlib import Path; from pipelines.run_folder import lock; f = lock(Path(sys.argv[1]))"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print('held', flush=True); sys.stdin.read()", str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            train("tokenizer")
+        other.kill()
+    train("tokenizer")

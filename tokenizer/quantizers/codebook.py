@@ -73,7 +73,8 @@ class CodebookQuantizer(Quantizer):
 
     def observe(self, vectors: Tensor, codes: Tensor) -> None:
         """Remember what a training forward pass quantized, for `update`."""
-        counts = torch.bincount(codes, minlength=self.vocab_size).to(vectors.dtype)
+        # Not bincount, which makes a GPU wait to learn the largest code.
+        counts = vectors.new_zeros(self.vocab_size).index_add_(0, codes, vectors.new_ones(len(codes)))
         self._counts = counts if self._counts is None else self._counts.add_(counts)
         self._vectors = vectors
 
