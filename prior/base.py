@@ -30,15 +30,14 @@ class PriorConfig(StrictConfig):
     """Share of training images whose class is hidden, so that sampling can be guided; 0 rules guidance out."""
 
     def validate(self) -> None:
-        if self.layout is None:
-            raise ValueError(f"{type(self).__name__} needs the layout of its codes: layout=code_layout.to_list()")
         if self.num_classes < 0 or (self.class_names is not None and len(self.class_names) != self.num_classes):
             raise ValueError(f"num_classes={self.num_classes} does not fit class_names={self.class_names}")
 
     @property
     def code_layout(self) -> CodeLayout:
         """The layout of the codes that this prior models."""
-        assert self.layout is not None
+        if self.layout is None:  # checked here, because transformers builds configs without arguments to compare with
+            raise ValueError(f"{type(self).__name__} needs the layout of its codes: layout=code_layout.to_list()")
         return CodeLayout.from_list(self.layout)
 
 

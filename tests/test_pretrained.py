@@ -207,5 +207,5 @@ def test_a_truncated_file_of_weights_is_named(kind: str, tmp_path: Path) -> None
     build(kind).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="the weights in .* are damaged"):
+    with pytest.raises(ValueError, match=r"the weights in .* are damaged"):
         KINDS[kind][0].from_pretrained(tmp_path)
