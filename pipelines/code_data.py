@@ -7,7 +7,6 @@ flat fixed-size list of `layout.num_codes` numbers in the smallest unsigned type
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -177,8 +176,3 @@ def _from_readonly(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
-
-
-def bits_per_code(layout: CodeLayout) -> float:
-    """Bits a code takes when each is stored at log2(K) bits, averaged over the layout's codes."""
-    return layout.bits / layout.num_codes if layout.num_codes else math.nan

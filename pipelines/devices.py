@@ -8,7 +8,6 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,6 @@ def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator
     precision = resolve_mixed_precision(mixed_precision, device)
     # Said outright, because several CPU processes under torchrun are one to Accelerate otherwise.
     return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context of a resolved precision."""
-    if precision == "no":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def describe_hardware(device: torch.device) -> str:

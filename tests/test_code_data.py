@@ -20,7 +20,6 @@ from configs.schema import EncodingConfig
 from pipelines import encode_dataset, load_codes
 from pipelines.code_data import (
     CodeInfo,
-    bits_per_code,
     code_dtype,
     is_code_dataset,
     load_code_info,
@@ -134,8 +133,9 @@ def test_a_stored_code_outside_the_layout_is_refused(tmp_path):
 
 
 def test_bits_per_code_is_the_mean_of_log2_k():
-    assert bits_per_code(CodeLayout.single((8, 8), 1024)) == 10
-    assert bits_per_code(CodeLayout((CodeGrid((1,), 4), CodeGrid((3,), 16)))) == (2 + 3 * 4) / 4
+    square, mixed = CodeLayout.single((8, 8), 1024), CodeLayout((CodeGrid((1,), 4), CodeGrid((3,), 16)))
+    assert square.bits / square.num_codes == 10
+    assert mixed.bits / mixed.num_codes == (2 + 3 * 4) / 4
 
 
 def test_a_dataset_of_codes_knows_layout_classes_and_tokenizer(code_folder, tokenizer_run, image_folder):
