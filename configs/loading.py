@@ -88,7 +88,8 @@ def load_config(cls: type[S], file: str | Path | None = None, overrides: Sequenc
 def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
     """The options a block's class takes: name -> (type, default, meaning).
 
-    A dataclass documents its fields underneath them; any other class in the Args of its docstring.
+    A dataclass documents its fields underneath them; any other class in the Args of its docstring. A constructor that
+    ends in `**options` takes those of its base class too.
     """
     if dataclasses.is_dataclass(factory) and isinstance(factory, type):
         docs, hints = field_docs(factory), field_hints(factory)
@@ -97,22 +98,34 @@ def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
             for f in dataclasses.fields(factory)
             if f.name in docs
         }
-    owner = factory.__init__ if inspect.isclass(factory) else factory
-    hints = typing.get_type_hints(owner, include_extras=True)
-    text, docs = inspect.getdoc(factory) or "", {}
-    section = text.partition("Args:\n")[2].partition("\n\n")[0]
+    options: dict[str, tuple[str, str, str]] = {}
+    owners = factory.__mro__ if inspect.isclass(factory) else (factory,)
+    docs = {name: meaning for owner in reversed(owners) for name, meaning in _documented_arguments(owner).items()}
+    for owner in owners:
+        function = vars(owner).get("__init__") if inspect.isclass(owner) else owner
+        if function is None:
+            continue
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = list(inspect.signature(function).parameters.values())
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY and p.name not in options and p.name in docs:
+                options[p.name] = (type_name(hints[p.name]), str(p.default), docs[p.name])
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break  # a constructor with **options hands them to its base class
+    return options
+
+
+def _documented_arguments(owner: Callable[..., Any]) -> dict[str, str]:
+    """The Args of a docstring: name -> meaning."""
+    docs: dict[str, str] = {}
+    section = inspect.cleandoc(owner.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     for line in textwrap.dedent(section).split("\n"):
         if not line.startswith(" ") and ":" in line:
             name, _, meaning = line.partition(":")
             docs[name] = meaning.strip()
         elif docs:
             docs[next(reversed(docs))] += " " + line.strip()
-    parameters = list(inspect.signature(factory).parameters.values())
-    return {
-        p.name: (type_name(hints[p.name]), str(p.default), docs[p.name])
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name in docs
-    }
+    return docs
 
 
 def check_options(block: str, options: Mapping[str, Any], choices: Mapping[str, Callable[..., Any]]) -> None:

@@ -164,8 +164,6 @@ class TokenizerTrainingConfig(RunConfig):
     """The images."""
     train_only: Literal["all", "decoder"] = "all"
     """decoder tunes the decoder of init_from= alone: its codes and fingerprint stay."""
-    initialize_batches: Count = 16
-    """Batches whose latents a quantizer may look at before the first step (k-means)."""
 
     def validate(self) -> None:
         super().validate()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,19 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
     if not isinstance(value, origin or hint):
         raise problem
     return value
+
+
+def checked(constructor: Constructor) -> Constructor:
+    """Check a constructor's keyword arguments against their annotations, types and ranges, before it runs."""
+
+    @functools.wraps(constructor)
+    def check(self: Any, *arguments: Any, **options: Any) -> None:
+        hints = typing.get_type_hints(constructor, include_extras=True)
+        for name in options.keys() & hints.keys():
+            options[name] = coerce(options[name], hints[name], name)
+        constructor(self, *arguments, **options)
+
+    return typing.cast(Constructor, check)
 
 
 @dataclass

@@ -45,11 +45,12 @@ def evaluate_tokenizer(
 
     Returns:
         psnr_db (mean over images), mean absolute error `l1` and mean squared error `l2` in [-1, 1] units,
-        codebook_usage (share of codes that occur) and codebook_perplexity.
+        codebook_usage (share of codes that occur) and codebook_perplexity, over the codebooks of all levels.
     """
     was_training = tokenizer.training
     tokenizer.eval()
-    counts = torch.zeros(tokenizer.code_layout.vocab_size, dtype=torch.int64, device=accelerator.device)
+    quantizer = tokenizer.quantizer
+    counts = torch.zeros(quantizer.num_codebooks, quantizer.vocab_size, dtype=torch.int64, device=accelerator.device)
     sums = torch.zeros(4, dtype=_precise(accelerator.device), device=accelerator.device)  # psnr, l1, l2, images
     batches = share_of_process(in_order(len(dataset), batch_size)[:max_batches], accelerator)
     for batch in image_batches(dataset, batches, accelerator.device, num_workers):
@@ -63,7 +64,7 @@ def evaluate_tokenizer(
             torch.tensor(len(batch.images), device=accelerator.device),
         ]
         sums += torch.stack([value.to(sums.dtype) for value in values])
-        counts += metrics.count_codes(output.codes, len(counts))
+        counts += metrics.count_codes(output.codes, quantizer.vocab_size, quantizer.num_codebooks)
     tokenizer.train(was_training)
     psnr, l1, l2, num_images = accelerator.reduce(sums, "sum").tolist()
     counts = accelerator.reduce(counts, "sum").cpu()

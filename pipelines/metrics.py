@@ -17,20 +17,30 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
-def count_codes(codes: Tensor, vocab_size: int) -> Tensor:
-    """How often each code occurs, `(vocab_size,)` int64."""
-    return torch.bincount(codes.flatten(), minlength=vocab_size)
+def count_codes(codes: Tensor, vocab_size: int, num_codebooks: int = 1) -> Tensor:
+    """How often each code of each codebook occurs, `(num_codebooks, vocab_size)` int64.
+
+    Args:
+        codes: of any shape; with several codebooks, the last axis has one code of each.
+        vocab_size: K.
+        num_codebooks: codebooks whose codes are told apart.
+    """
+    first_of_codebook = torch.arange(num_codebooks, device=codes.device) * vocab_size
+    places = codes.reshape(-1, num_codebooks) + first_of_codebook
+    ones = torch.ones_like(places.flatten())
+    # Not bincount, which makes a GPU wait to learn the largest code.
+    return ones.new_zeros(num_codebooks * vocab_size).index_add_(0, places.flatten(), ones).view(num_codebooks, -1)
 
 
 def usage(counts: Tensor) -> float:
-    """Share of codes that occur."""
+    """Share of codes `(..., K)` that occur."""
     return (counts > 0).double().mean().item()
 
 
 def entropy(counts: Tensor) -> float:
-    """Entropy of a histogram in nats; its exponential is the perplexity."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    return -torch.special.xlogy(share, share).sum().item()
+    """Entropy of histograms `(..., K)` in nats, their mean where there are several."""
+    share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return -torch.special.xlogy(share, share).sum(-1).mean().item()
 
 
 def perplexity(counts: Tensor) -> float:

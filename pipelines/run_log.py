@@ -29,12 +29,19 @@ class RunLog:
         self.folder = folder
         self._sums: dict[str, Tensor] = {}
         self._num_added = 0
+        self._warned = False
 
     def print(self, text: str, name: str = "") -> None:
         """A line above the progress bar, behind its name."""
         if self.accelerator.is_main_process:
             tqdm.write(f"{name:>14}  {text}" if name else text)
             sys.stdout.flush()  # a log file is read while the run goes on
+
+    def warn_once(self, text: str | None) -> None:
+        """Print a warning when it first applies, and again only after it stopped applying; None says that it does."""
+        if text is not None and not self._warned:
+            self.print(text, "warning")
+        self._warned = text is not None
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Remember values of one micro-batch; they stay on the device until `take_means`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from configs.schema import TokenizerTrainingConfig
+from pipelines.code_use import CodeUse
 from pipelines.evaluation import evaluate_tokenizer
 from pipelines.image_data import (
+    ImageBatch,
     ImageDataset,
     default_num_workers,
     image_batches,
@@ -61,8 +64,9 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         run.prepare(tokenizer)
         stream = run.stream(len(train))
         if run.start_step == 0 and config.init_from is None:
-            _initialize(run, tokenizer, image_batches(train, stream, run.device, 0), config.initialize_batches)
+            _initialize(run, tokenizer, image_batches(train, stream, run.device, 0))
         batches = image_batches(train, stream, run.device, num_workers)
+        code_use = CodeUse(tokenizer.quantizer, run.accelerator)
         figures: dict[str, float] = {}
 
         tokenizer.train()
@@ -70,17 +74,21 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             tokenizer.quantizer.anneal(step / run.total_steps)
             for batch in islice(batches, config.accumulation_steps):
                 with run.accelerator.accumulate(run.model):
-                    output = run.model(batch.images)
+                    output = run.model(batch.images, batch.seeds)
                     losses = reconstruction_losses(config.objective, batch.images, output.reconstruction)
                     losses |= output.losses
                     loss = torch.stack(list(losses.values())).sum()
                     run.accelerator.backward(loss)
                     run.optimizer_step()
                     run.log.add({"loss": loss, **losses, **output.metrics})
+                    code_use.add(output.codes)
             tokenizer.quantizer.update(step)
             run.update_average()
             if run.due(config.log_every, step):
-                run.log_means(step)
+                figures_of_codes, warning = code_use.take()
+                run.log_means(step, **figures_of_codes)
+                if step >= config.warmup_steps:
+                    run.log.warn_once(warning)
             if run.due(config.validate_every, step):
                 figures = _validate(run, validation, num_workers, step)
             if run.due(config.sample_every, step):
@@ -164,12 +172,15 @@ def _make_datasets(
 
 
 @torch.no_grad()
-def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: object, num_batches: int) -> None:
-    """Show the quantizer the latents of the first batches, of all processes, in the order of one process."""
-    num_parts = num_batches * run.config.accumulation_steps
-    latents = [tokenizer.encode_latents(b.images) for b in islice(batches, num_parts)]  # type: ignore[call-overload]
-    vectors = [gather_rows(latent.movedim(1, -1).flatten(0, -2).float()) for latent in latents]
-    tokenizer.quantizer.initialize(torch.cat(vectors))
+def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: Iterator[ImageBatch]) -> None:
+    """Show the quantizer as many latents as it asks for, of all processes, in the order of one process."""
+    quantizer, latents, num_vectors = tokenizer.quantizer, [], 0
+    while num_vectors < quantizer.num_start_vectors:
+        for batch in islice(batches, run.config.accumulation_steps):
+            latents.append(gather_rows(tokenizer.encode_latents(batch.images).float()))  # (B, D, *grid)
+            num_vectors += latents[-1].numel() // latents[-1].shape[1]
+    if latents:
+        quantizer.initialize(torch.cat(latents))
     if run.averaged is not None:
         run.averaged.module.load_state_dict(tokenizer.state_dict())
 

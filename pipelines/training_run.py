@@ -217,12 +217,16 @@ class TrainingRun:
         """Whether what happens `every` n steps, and at the last one, happens after this step."""
         return step + 1 == self.total_steps or (every > 0 and (step + 1) % every == 0)
 
-    def log_means(self, step: int) -> None:
-        """Log the means since the last call, with learning rate and speed."""
+    def log_means(self, step: int, **figures: float) -> None:
+        """Log the means since the last call, with learning rate, speed and other figures."""
         values = self.log.take_means(step)
         rate = (step + 1 - self.start_step) * self.config.batch_size / (time.perf_counter() - self.loop_started_at)
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s", refresh=False)
-        values |= {"learning_rate": learning_rate(self.config, step, self.total_steps), "images_per_second": rate}
+        values |= {
+            "learning_rate": learning_rate(self.config, step, self.total_steps),
+            "images_per_second": rate,
+            **figures,
+        }
         self.log.write(step, "train", self.seconds, values)
 
     def save_checkpoint(self, step: int) -> None:

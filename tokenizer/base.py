@@ -75,6 +75,8 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
     config_class = ImageTokenizerConfig
     config: ImageTokenizerConfig
     main_input_name = "images"
+    # Whatever dtype a model is loaded in: which code is nearest must not depend on it.
+    _keep_in_fp32_modules_strict = {"quantizer"}
     downsampling_factor: int
     """Pixels of a position's side."""
     encoder: nn.Module
@@ -120,13 +122,17 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
             raise ValueError(f"expected images as floating point in [-1, 1], got {images.dtype}")
         return images.to(self.dtype)
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, seeds: Tensor | None = None) -> TokenizerOutput:
         """Encode, quantize and decode images `(B, C, H, W)` in [-1, 1].
+
+        Args:
+            images: as said.
+            seeds: `(B,)` int64, one an image and step, for quantizers that draw random numbers in training.
 
         Raises:
             ValueError: where the images have another shape or are integers.
         """
-        quantized = self.quantizer(self.encode_latents(self._check_images(images)))
+        quantized = self.quantizer(self.encode_latents(self._check_images(images)), seeds)
         reconstruction = self.decode_latents(quantized.quantized.to(self.dtype))
         return TokenizerOutput(reconstruction, quantized.codes, quantized.losses, quantized.metrics)
 
@@ -142,13 +148,13 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: where the codes have another shape, or are not in [0, K).
         """
-        self.code_layout.split(codes)
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.code_layout.vocab_size:
-            raise ValueError(
-                f"codes of [{self.code_layout}] are in [0, {self.code_layout.vocab_size}), "
-                f"got {int(codes.min())} to {int(codes.max())}"
-            )
-        return self.decode_latents(self.quantizer.decode(codes).to(self.dtype)).clamp(-1, 1)
+        grids = self.code_layout.split(codes)
+        for part, grid in zip(grids, self.code_layout.grids, strict=True):
+            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < grid.vocab_size:
+                raise ValueError(
+                    f"codes of [{grid}] are in [0, {grid.vocab_size}), got {int(part.min())} to {int(part.max())}"
+                )
+        return self.decode_latents(self.quantizer.decode(grids).to(self.dtype)).clamp(-1, 1)
 
     def freeze_codes(self) -> None:
         """Leave only the decoder to train: encoder and quantizer keep their values, and so every code."""

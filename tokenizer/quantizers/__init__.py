@@ -5,11 +5,31 @@ from typing import Any
 
 from configs.loading import check_options
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
+from tokenizer.quantizers.bsq import BSQ
+from tokenizer.quantizers.cvq import CVQ
 from tokenizer.quantizers.ema import EMAQuantizer
+from tokenizer.quantizers.fsq import FSQ
+from tokenizer.quantizers.gumbel import GumbelQuantizer
+from tokenizer.quantizers.ibq import IBQ
+from tokenizer.quantizers.lfq import LFQ
+from tokenizer.quantizers.multiscale import MultiscaleQuantizer
+from tokenizer.quantizers.product import ProductQuantizer
+from tokenizer.quantizers.residual import ResidualQuantizer
+from tokenizer.quantizers.simvq import SimVQ
 from tokenizer.quantizers.vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
+    "bsq": BSQ,
+    "cvq": CVQ,
     "ema": EMAQuantizer,
+    "fsq": FSQ,
+    "gumbel": GumbelQuantizer,
+    "ibq": IBQ,
+    "lfq": LFQ,
+    "multiscale": MultiscaleQuantizer,
+    "product": ProductQuantizer,
+    "residual": ResidualQuantizer,
+    "simvq": SimVQ,
     "vq": VectorQuantizer,
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,56 +28,147 @@ class QuantizerOutput:
     """Detached scalars to log."""
 
 
+@contextmanager
+def float32_only(device_type: str) -> Iterator[None]:
+    """Products in full float32: no autocast, and no TF32 or bfloat16 passes, which would choose other codes."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
 class Quantizer(nn.Module, ABC):
-    """Latents `(B, D, *grid)` to codes and back, in float32 under any autocast.
+    """Latents `(B, D, *grid)` to codes and back, in float32 under any autocast, and when cast to another type.
 
     A training loop calls `initialize` once before the first step, `anneal` before and `update` after each optimizer
-    step; the codebooks that gradients move need neither.
+    step. In training mode each forward pass counts as one micro-batch, with or without gradients (as in batch norm);
+    a pass that activation checkpointing repeats does not.
+
+    A subclass implements `quantize` and `embed`, both between latents that are projected to `code_dim` and codes.
 
     Attributes:
         dim: D, channels of the latents.
+        code_dim: channels in which codes are chosen; a linear layer each way where it is not D.
         vocab_size: K, codes are integers in [0, K).
+        num_codebooks: codes on the last axis that belong to codebooks of their own; 1 where there is no such axis.
+        estimator: the gradient estimator, where `quantized` is `estimator(latents, code vectors)` and nothing else.
+        level_scale: how much smaller a further level of a residual quantizer should be than the one before.
+        num_start_vectors: how many vectors `initialize` would like to see; 0 where it needs none.
         bookkeeping: names of buffers that do not decide codes (counters, sums); the fingerprint leaves them out.
+        stochastic: whether a training forward pass draws random numbers.
     """
 
     bookkeeping: ClassVar[frozenset[str]] = frozenset()
+    num_codebooks: int = 1
+    estimator: Callable[[Tensor, Tensor], Tensor] | None = None
+    level_scale: float = 1.0
+    num_start_vectors: int = 0
+    stochastic: bool = False
 
-    def __init__(self, dim: int, vocab_size: int) -> None:
+    def __init__(self, dim: int, vocab_size: int, code_dim: int | None = None) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 1), ("vocab_size", vocab_size, 2)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} should be an integer of at least {least}, got {value!r}")
         self.dim = dim
+        self.code_dim = code_dim or dim
         self.vocab_size = vocab_size
+        projected = self.code_dim != dim
+        self.project_in = nn.Linear(dim, self.code_dim, dtype=torch.float32) if projected else nn.Identity()
+        self.project_out = nn.Linear(self.code_dim, dim, dtype=torch.float32) if projected else nn.Identity()
+
+    @property
+    def active_size(self) -> int:
+        """How many codes can be chosen now: K, or fewer while a codebook grows."""
+        return self.vocab_size
 
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
         """What the codes of latents `(B, D, *grid)` mean."""
         return CodeLayout.single(grid, self.vocab_size)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def forward(self, latents: Tensor, seeds: Tensor | None = None) -> QuantizerOutput:
         """Quantize `(B, D, *grid)` of any floating type.
+
+        Args:
+            latents: `(B, D, *grid)`.
+            seeds: `(B,)` int64, one an image and step, for whatever is random in training; by default drawn from
+                torch's generator.
 
         Raises:
             ValueError: where the channels are not D.
         """
         if latents.ndim < 3 or latents.shape[1] != self.dim:
             raise ValueError(f"expected latents (B, {self.dim}, *grid), got {tuple(latents.shape)}")
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.quantize(latents.float())
+        if seeds is None and self.stochastic and self.training:
+            seeds = torch.randint(1 << 62, (len(latents),), device=latents.device)
+        with float32_only(latents.device.type):
+            output = self.quantize(_channels_last(self.project_in, latents.float()), seeds)
+            output.quantized = _channels_last(self.project_out, output.quantized)
+        return output
 
-    @abstractmethod
-    def quantize(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize `(B, D, *grid)` float32."""
+    def decode(self, codes: Tensor | Sequence[Tensor]) -> Tensor:
+        """The latents `(B, D, *grid)` float32 that codes stand for.
 
-    @abstractmethod
-    def decode(self, codes: Tensor) -> Tensor:
-        """The latents `(B, D, *grid)` float32 that codes `(B, *code_layout(grid).shape)` stand for."""
+        Args:
+            codes: `(B, *code_layout(grid).shape)` int64, or those of each grid as `code_layout(grid).split` gives them,
+                which is needed where there is more than one grid.
+        """
+        grids = [codes] if isinstance(codes, Tensor) else codes
+        with float32_only(grids[0].device.type):
+            return _channels_last(self.project_out, self.embed_grids(grids))
 
+    @torch.no_grad()
     def initialize(self, latents: Tensor) -> None:
-        """Start the codebook from latents `(N, D)` float32, gathered over batches and processes."""
+        """Start the codebook from latents `(B, D, *grid)` of several batches and all processes."""
+        with float32_only(latents.device.type):
+            self.start(_channels_last(self.project_in, latents.float()))
+
+    @abstractmethod
+    def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
+        """Quantize `(B, code_dim, *grid)` float32."""
+
+    @abstractmethod
+    def embed(self, codes: Tensor) -> Tensor:
+        """The vectors `(B, code_dim, *grid)` float32 of codes of one grid."""
+
+    def embed_grids(self, grids: Sequence[Tensor]) -> Tensor:
+        """The vectors `(B, code_dim, *grid)` float32 of the codes of each grid, of which most quantizers have one."""
+        (codes,) = grids
+        return self.embed(codes)
+
+    def start(self, latents: Tensor) -> None:
+        """Start the codebook from latents `(B, code_dim, *grid)` float32."""
 
     def anneal(self, progress: float) -> None:
         """Set scheduled values for the share of training that is done, in [0, 1]."""
 
     def update(self, step: int) -> None:
         """Move the codebook with what was quantized since the last call; `step` counts optimizer steps from 0."""
+
+    def collapse_advice(self) -> str:
+        """What to try where only few codes are in use, as `key=value`."""
+        return "quantizer.vocab_size=, a smaller one"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Moves to a device go through; casts do not: which code is nearest must not depend on a model's type.
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_type, recurse)
+
+
+def recomputing() -> bool:
+    """Whether this runs inside a backward pass: activation checkpointing repeats a forward pass there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _channels_last(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A layer over the channels of `(B, D, *grid)`."""
+    return tensor if isinstance(layer, nn.Identity) else layer(tensor.movedim(1, -1)).movedim(-1, 1)

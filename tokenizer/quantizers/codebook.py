@@ -1,115 +1,240 @@
-"""What quantizers with a codebook share: nearest-neighbour search, straight-through gradients, k-means, revival."""
+"""What quantizers with a codebook share: nearest-neighbour search, the start of the codebook, what keeps it alive."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.random_streams import integer, mix
-from tokenizer.quantizers.base import Quantizer, QuantizerOutput
-from tokenizer.quantizers.collectives import num_processes, sum_over_processes, take_rows
-from tokenizer.quantizers.search import kmeans, nearest_codes
+from configs.random_streams import mix
+from configs.validation import Count, CountOrZero, Range, Share, checked
+from tokenizer.quantizers.base import Quantizer, QuantizerOutput, recomputing
+from tokenizer.quantizers.collectives import (
+    from_first_process,
+    mean_over_processes,
+    num_processes,
+    sum_over_processes,
+    take_rows,
+)
+from tokenizer.quantizers.entropy import assignment_entropies
+from tokenizer.quantizers.gradients import GRADIENTS, Gradient
+from tokenizer.quantizers.kmeans import kmeans, start_vectors
+from tokenizer.quantizers.search import nearest_codes
+
+_LEAST_MEAN_COUNT = 4
+"""Vectors a code, on average, before disuse means anything: by chance, 2 % of codes are then not chosen."""
 
 CodebookStart = Literal["kmeans", "normal", "uniform"]
+Weight = Annotated[float, Range(0, 100)]
 
 
 class CodebookQuantizer(Quantizer):
     """Replaces each latent vector by its nearest codebook vector (van den Oord et al. 2017, equations 1 and 2).
 
-    A subclass holds `codebook`, `(K, D)`, as a parameter or a buffer, and says how it learns.
+    A subclass holds `codebook`, `(K, code_dim)`, as a parameter or a buffer, and says how it learns. What a training
+    pass saw waits for `update`: counts and sums add up over accumulation steps, while vectors that codes are moved
+    onto come from the last micro-batch.
+
+    Args:
+        vocab_size: K, codes in the codebook.
+        code_dim: channels in which codes are looked up, by a linear projection each way; by default those of the
+            latents.
+        distance: euclidean, or cosine between latents and codes normalised to length 1.
+        gradient: straight_through, or the rotation trick (Fifty et al. 2024).
+        commitment_weight: beta, how strongly latents are pulled to their code.
+        final_commitment_weight: beta at the end of training, approached in a straight line; by default it stays.
+        entropy_weight: weight of E[H(p)] - H(E[p]), which asks for sure choices and even use; p is a softmax over
+            codes. It costs a few searches a step; 0 is off.
+        entropy_temperature: of that softmax, in units of the batch's mean squared distance to the chosen code.
+        codebook_start: kmeans on the first batches' latents, normal, or uniform in [-1/K, 1/K].
+        revive_after: steps after which little-used codes move onto random latents, and counting starts anew; more where
+            these steps hold fewer than 4 vectors a code; 0 is never.
+        revive_below: what is little: this share of the mean use, or less; 0 is codes that were not chosen at all.
+        initial_vocab_size: codes at the start of a codebook that grows, a random latent for each new code; 0 starts
+            with all.
+        grow_until: share of the training by which a growing codebook has all codes.
     """
 
     codebook: Tensor
-    used: Tensor
-    bookkeeping: ClassVar[frozenset[str]] = frozenset({"used"})
+    recent_counts: Tensor
+    num_active: Tensor
+    bookkeeping: ClassVar[frozenset[str]] = frozenset({"recent_counts"})
 
+    @checked
     def __init__(
-        self, dim: int, *, vocab_size: int, commitment_weight: float, codebook_start: CodebookStart, revive_after: int
+        self,
+        dim: int,
+        *,
+        vocab_size: Annotated[int, Range(2)] = 512,
+        code_dim: Count | None = None,
+        distance: Literal["euclidean", "cosine"] = "euclidean",
+        gradient: Gradient = "straight_through",
+        commitment_weight: Weight = 0.25,
+        final_commitment_weight: Weight | None = None,
+        entropy_weight: Weight = 0.0,
+        entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
+        codebook_start: CodebookStart = "kmeans",
+        revive_after: CountOrZero = 50,
+        revive_below: Share = 0.3,
+        initial_vocab_size: CountOrZero = 0,
+        grow_until: Annotated[float, Range(0.01, 1)] = 0.5,
     ) -> None:
-        super().__init__(dim, vocab_size)
-        if codebook_start not in get_args(CodebookStart):
-            raise ValueError(f"codebook_start should be one of {get_args(CodebookStart)}, got {codebook_start!r}")
-        if not 0 <= commitment_weight <= 100:
-            raise ValueError(f"commitment_weight should be from 0 to 100, got {commitment_weight}")
-        if type(revive_after) is not int or revive_after < 0:
-            raise ValueError(f"revive_after should be a number of steps, or 0 for never, got {revive_after!r}")
-        self.commitment_weight = commitment_weight
+        super().__init__(dim, vocab_size, code_dim)
+        if initial_vocab_size > vocab_size:
+            raise ValueError(f"initial_vocab_size={initial_vocab_size} should be at most vocab_size={vocab_size}")
+        self.distance = distance
+        self.gradient = gradient
+        if distance == "euclidean" and self.code_dim == dim:
+            self.estimator = GRADIENTS[gradient]
+        self.commitment_weight = self.first_commitment_weight = commitment_weight
+        self.final_commitment_weight = final_commitment_weight
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
         self.codebook_start = codebook_start
         self.revive_after = revive_after
-        self.register_buffer("used", torch.zeros(vocab_size, dtype=torch.bool))
+        self.revive_below = revive_below
+        self.initial_vocab_size = initial_vocab_size
+        self.grow_until = grow_until
+        self.num_start_vectors = start_vectors(initial_vocab_size or vocab_size) if codebook_start == "kmeans" else 0
+        self.register_buffer("recent_counts", torch.zeros(vocab_size, dtype=torch.float32))
+        if initial_vocab_size:
+            self.register_buffer("num_active", torch.tensor(initial_vocab_size))
+        self._target_size = initial_vocab_size
         self._vectors: Tensor | None = None
         self._counts: Tensor | None = None
 
-    def _draw_codebook(self) -> Tensor:
-        codebook = torch.empty(self.vocab_size, self.dim)
+    def draw_codebook(self) -> Tensor:
+        """A random codebook `(K, code_dim)`, for before `initialize`."""
+        codebook = torch.empty(self.vocab_size, self.code_dim, dtype=torch.float32)
         if self.codebook_start == "uniform":
             return torch.nn.init.uniform_(codebook, -1 / self.vocab_size, 1 / self.vocab_size)
         return torch.nn.init.normal_(codebook)
 
-    def quantize(self, latents: Tensor) -> QuantizerOutput:
-        """Replace each latent vector by its nearest codebook vector, with the gradient copied straight through."""
-        codebook = self.codebook.float()
-        vectors = latents.movedim(1, -1).flatten(0, -2)  # (N, D)
-        codes = nearest_codes(vectors.detach(), codebook)
-        if self.training and torch.is_grad_enabled():
+    @abstractmethod
+    def set_codes(self, index: Tensor, vectors: Tensor) -> None:
+        """Put codebook rows `index` `(M,)` onto `vectors` `(M, code_dim)`, on every process the same."""
+
+    def learn(self, counts: Tensor, step: int) -> None:
+        """Move the codebook, given how many vectors chose each code over all processes, `(K,)` float32."""
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """The vectors `(..., code_dim)` of codes `(...)`."""
+        return self._normalised(F.embedding(codes, self.codebook))
+
+    def active_codebook(self) -> Tensor:
+        """The vectors that can be chosen, `(K or fewer, code_dim)`."""
+        return self._normalised(self.codebook[: self.active_size])
+
+    @property
+    def active_size(self) -> int:
+        return int(self.num_active) if self.initial_vocab_size else self.vocab_size
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.distance == "cosine" else vectors
+
+    def to_vectors(self, latents: Tensor) -> Tensor:
+        """Latents `(B, D, *grid)` as the rows `(N, D)` that are compared with codes."""
+        return self._normalised(latents.movedim(1, -1).flatten(0, -2))
+
+    def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
+        """Replace each latent vector by its nearest codebook vector."""
+        B, _, *grid = latents.shape
+        vectors = self.to_vectors(latents)  # (N, D)
+        codes = nearest_codes(vectors.detach(), self.active_codebook().detach())
+        if self.training and not recomputing():
             self.observe(vectors.detach(), codes)
-        codes = codes.view(len(latents), *latents.shape[2:])
-        chosen = F.embedding(codes, codebook).movedim(-1, 1)  # (B, D, *grid)
-        quantized = latents + (chosen - latents).detach()
-        losses = self.losses(latents, chosen)
-        error = F.mse_loss(chosen.detach(), latents.detach())
-        return QuantizerOutput(quantized, codes, losses, {"quantization_error": error})
+        chosen = self.lookup(codes)
+        error = F.mse_loss(vectors, chosen.detach())
+        # beta * |z - sg(e)|^2 as a mean over elements (equation 3).
+        losses = {"commitment": self.commitment_weight * error, **self.codebook_losses(vectors, chosen)}
+        if self.entropy_weight and self.training:
+            losses["entropy"] = self.entropy_weight * self._entropy_loss(vectors, error.detach())
+        quantized = GRADIENTS[self.gradient](vectors, chosen).view(B, *grid, -1).movedim(-1, 1)
+        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error.detach()})
 
-    def losses(self, latents: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """The commitment term, beta * |z - sg(e)|^2, as a mean over elements (equation 3)."""
-        return {"commitment": self.commitment_weight * F.mse_loss(latents, chosen.detach())}
+    def codebook_losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """The terms that move the codebook by gradient."""
+        return {}
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.codebook.float()).movedim(-1, 1)
+    def _entropy_loss(self, vectors: Tensor, error: Tensor) -> Tensor:
+        temperature = self.entropy_temperature * self.code_dim * mean_over_processes(error)
+        sample, batch = assignment_entropies(vectors, self.active_codebook(), temperature.clamp(min=1e-12))
+        return sample - batch
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return self.lookup(codes).movedim(-1, 1)
 
     def observe(self, vectors: Tensor, codes: Tensor) -> None:
         """Remember what a training forward pass quantized, for `update`."""
-        # Not bincount, which makes a GPU wait to learn the largest code.
         counts = vectors.new_zeros(self.vocab_size).index_add_(0, codes, vectors.new_ones(len(codes)))
         self._counts = counts if self._counts is None else self._counts.add_(counts)
         self._vectors = vectors
 
-    @torch.no_grad()
-    def initialize(self, latents: Tensor) -> None:
+    def start(self, latents: Tensor) -> None:
         """Cluster the latents with k-means where `codebook_start` asks for it."""
         if self.codebook_start == "kmeans":
-            self.set_codes(torch.arange(self.vocab_size, device=latents.device), kmeans(latents, self.vocab_size))
+            size = self.active_size
+            centres = from_first_process(kmeans(self.to_vectors(latents), size))
+            self.set_codes(torch.arange(size, device=latents.device), centres)
 
-    @abstractmethod
-    def set_codes(self, index: Tensor, vectors: Tensor) -> None:
-        """Put codebook rows `index` `(M,)` onto `vectors` `(M, D)`, on every process the same."""
+    def anneal(self, progress: float) -> None:
+        """Set beta and, for a codebook that grows, the size: geometric from the first to the last."""
+        if self.final_commitment_weight is not None:
+            first, last = self.first_commitment_weight, self.final_commitment_weight
+            self.commitment_weight = first + (last - first) * progress
+        if self.initial_vocab_size:
+            share = min(1.0, progress / self.grow_until)
+            growth = (self.vocab_size / self.initial_vocab_size) ** share
+            self._target_size = min(self.vocab_size, round(self.initial_vocab_size * growth))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         if self._counts is None or self._vectors is None:
             return
         counts = sum_over_processes(self._counts)
-        self.learn(counts)
-        self.used.logical_or_(counts > 0)
-        # The check reads a number back from the device: once in revive_after steps, not in every one.
+        self.learn(counts, step)
+        self.recent_counts.add_(counts)
+        # The check reads numbers back from the device: once in revive_after steps, not in every one.
         if self.revive_after and (step + 1) % self.revive_after == 0:
-            self._revive(self._vectors, step)
+            self._revive(step)
+        if self.initial_vocab_size and self._target_size > self.active_size:
+            self._grow(step)
         self._vectors = self._counts = None
 
-    def learn(self, counts: Tensor) -> None:
-        """Move the codebook, given how many vectors chose each code over all processes, `(K,)` float32."""
+    def _revive(self, step: int) -> None:
+        recent = self.recent_counts[: self.active_size]
+        mean = recent.mean()
+        if mean < _LEAST_MEAN_COUNT:
+            return
+        little_used = (recent <= self.revive_below * mean).nonzero().squeeze(1)
+        self.set_codes(little_used, self._random_latents(len(little_used), step))
+        self.recent_counts.zero_()
 
-    def _revive(self, vectors: Tensor, step: int) -> None:
-        """Move codes that nobody chose since the last revival onto random latents of this batch.
+    def _grow(self, step: int) -> None:
+        new = torch.arange(self.active_size, self._target_size, device=self.codebook.device)
+        self.set_codes(new, self._random_latents(len(new), step))
+        self.recent_counts[new] = self.recent_counts[: self.active_size].mean()  # they have a window to be chosen in
+        self.num_active.fill_(self._target_size)
 
-        Which latents is decided by (step, code) and the index in the global batch, so that processes agree.
+    def _random_latents(self, count: int, step: int) -> Tensor:
+        """Latents `(count, D)` of the global batch, different ones as far as it goes.
+
+        Decided by the step and the index in the global batch, so that any number of processes takes the same.
         """
-        unused = (~self.used).nonzero().squeeze(1)
-        if len(unused):
-            index = integer(mix(unused, step), 0, len(vectors) * num_processes())
-            self.set_codes(unused, take_rows(vectors, index))
-        self.used.zero_()
+        assert self._vectors is not None
+        total = len(self._vectors) * num_processes()
+        order = mix(torch.arange(total, device=self._vectors.device), step).argsort()
+        return take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
+
+    def collapse_advice(self) -> str:
+        """What to try where only few codes are in use: the first flag that is off."""
+        if self.codebook_start != "kmeans":
+            return "quantizer.codebook_start=kmeans"
+        if not self.revive_after:
+            return "quantizer.revive_after=50"
+        if not self.entropy_weight:
+            return "quantizer.entropy_weight=0.1"
+        return "a larger quantizer.entropy_weight=, or a smaller quantizer.vocab_size="

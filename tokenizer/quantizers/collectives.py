@@ -22,6 +22,25 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean over processes of a tensor with a gradient, for a loss that every process computes from it.
+
+    The gradient stays that of this process's own part: the mean that data parallel training takes over processes then
+    makes it the gradient of the loss of the joined batch.
+    """
+    if num_processes() == 1:
+        return tensor
+    mean = sum_over_processes(tensor.detach().clone()) / num_processes()
+    return mean + (tensor - tensor.detach())
+
+
+def from_first_process(tensor: Tensor) -> Tensor:
+    """The tensor of process 0, in place, where processes could differ by rounding."""
+    if num_processes() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """The rows `(N, ...)` of all processes in order of rank, `(num_processes * N, ...)`; N must be equal on all."""
     if num_processes() == 1:

@@ -1,0 +1,48 @@
+"""Which codes a training run uses: figures for its log, and a word of warning where the codebook collapses."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipelines import metrics
+from tokenizer.quantizers import Quantizer
+
+LEAST_PERPLEXITY = 0.1
+"""Share of the codes below which a perplexity counts as collapse."""
+
+
+class CodeUse:
+    """Counts the codes of training batches between two logging steps, over all processes."""
+
+    def __init__(self, quantizer: Quantizer, accelerator: Accelerator) -> None:
+        self.quantizer = quantizer
+        self.accelerator = accelerator
+        self._counts: Tensor | None = None
+
+    def add(self, codes: Tensor) -> None:
+        """Count the codes of a micro-batch; the counts stay on the device until `take`."""
+        counts = metrics.count_codes(codes, self.quantizer.vocab_size, self.quantizer.num_codebooks)
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
+
+    def take(self) -> tuple[dict[str, float], str | None]:
+        """Figures since the last call, codebook_usage and codebook_perplexity, and a warning where they are bad."""
+        assert self._counts is not None
+        counts = self.accelerator.reduce(self._counts, "sum").cpu()
+        self._counts = None
+        figures = {"codebook_usage": metrics.usage(counts), "codebook_perplexity": metrics.perplexity(counts)}
+        return figures, collapse_warning(self.quantizer, counts)
+
+
+def collapse_warning(quantizer: Quantizer, counts: Tensor) -> str | None:
+    """What to tell a user whose codes were chosen this often, `(num_codebooks, K)`; None where all is well.
+
+    Fewer choices than codes say nothing.
+    """
+    perplexity, size = metrics.perplexity(counts), quantizer.active_size
+    if perplexity >= LEAST_PERPLEXITY * size or counts.sum() < quantizer.num_codebooks * size:
+        return None
+    return (
+        f"the codebook is collapsing: a perplexity of {perplexity:.1f} is below {LEAST_PERPLEXITY:.0%} of the "
+        f"{size:,} codes; try {quantizer.collapse_advice()}"
+    )

@@ -1,0 +1,100 @@
+"""Index back-propagation quantization: a gradient to all codes (Shi et al. 2024, arXiv:2412.02692)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from configs.validation import Range, checked
+from tokenizer.quantizers.base import QuantizerOutput, recomputing
+from tokenizer.quantizers.codebook import Weight
+from tokenizer.quantizers.collectives import mean_over_processes
+from tokenizer.quantizers.entropy import blocks, entropies_of_logits, entropy
+from tokenizer.quantizers.search import largest_products, nearest_codes
+from tokenizer.quantizers.vq import VectorQuantizer
+
+
+class IBQ(VectorQuantizer):
+    """Chooses the code with the largest dot product, and passes gradients to the whole codebook by its softmax.
+
+    With p = softmax(z C^T) and h the one-hot of its largest entry, z_q = (h + p - sg(p)) C (Shi et al. 2024,
+    equations 5 to 7). The N x K probabilities exist in blocks, which the backward pass computes again.
+
+    Args:
+        distance: dot is the paper's; euclidean subtracts |e|^2 / 2 from the products, cosine normalises both sides.
+        commitment_weight: weight of |z - sg(e)|^2.
+        codebook_weight: weight of |sg(z) - e|^2; |z - z_q|^2, the double quantization term, has weight 1.
+        entropy_weight: weight of E[H(p)] - H(E[p]).
+        entropy_temperature: the products are divided by it for the entropies.
+    """
+
+    @checked
+    def __init__(
+        self,
+        dim: int,
+        *,
+        distance: Literal["dot", "euclidean", "cosine"] = "dot",
+        commitment_weight: Weight = 1.0,
+        codebook_weight: Weight = 0.25,
+        entropy_weight: Weight = 0.05,
+        entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
+        **options: Any,
+    ) -> None:
+        if options.get("gradient", "straight_through") != "straight_through":
+            raise ValueError("ibq has a gradient of its own; leave quantizer.gradient out")
+        super().__init__(
+            dim,
+            distance="cosine" if distance == "cosine" else "euclidean",
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            **options,
+        )
+        self.dot = distance == "dot"
+        self.codebook_weight = codebook_weight
+        self.estimator = None
+
+    def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
+        """Replace each vector by the code with the largest product."""
+        B, _, *grid = latents.shape
+        vectors, codebook = self.to_vectors(latents), self.active_codebook()
+        search = largest_products if self.dot else nearest_codes
+        codes = search(vectors.detach(), codebook.detach())
+        if self.training and not recomputing():
+            self.observe(vectors.detach(), codes)
+        chosen = F.embedding(codes, codebook)
+        quantized, losses = chosen, {}
+        if self.training:
+            soft, sample, batch = self._soft_codes(vectors, codebook)
+            quantized = chosen + (soft - soft.detach())
+            losses["entropy"] = self.entropy_weight * (sample - batch)
+        error = F.mse_loss(vectors, chosen.detach())
+        losses |= {
+            "double_quantization": F.mse_loss(quantized, vectors),
+            "commitment": self.commitment_weight * error,
+            "codebook": self.codebook_weight * F.mse_loss(chosen, vectors.detach()),
+        }
+        quantized = quantized.view(B, *grid, -1).movedim(-1, 1)
+        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error.detach()})
+
+    def _soft_codes(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p C `(N, D)` with no gradient to this C, E[H(p)] and H(E[p])."""
+
+        def block(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = rows @ codebook.t()
+            if not self.dot:
+                logits = logits - codebook.square().sum(1) / 2
+            soft = logits.softmax(1) @ codebook.detach()
+            return soft, *entropies_of_logits(logits / self.entropy_temperature)
+
+        parts, sample, total = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
+        for rows in blocks(vectors, len(codebook)):
+            soft, entropies, p = checkpoint(block, rows, codebook, use_reentrant=False, preserve_rng_state=False)
+            parts.append(soft)
+            sample, total = sample + entropies, total + p
+        N = len(vectors)
+        return torch.cat(parts), sample / N, entropy(mean_over_processes(total / N))

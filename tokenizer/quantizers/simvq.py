@@ -1,0 +1,48 @@
+"""SimVQ: a frozen random codebook behind one linear layer (Zhu et al. 2024, arXiv:2411.02038)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.validation import CountOrZero, checked
+from tokenizer.quantizers.codebook import CodebookQuantizer, CodebookStart
+
+
+class SimVQ(CodebookQuantizer):
+    """Code vectors e = C W with C frozen: every gradient step moves the whole codebook, not only the chosen codes.
+
+    The terms are those of the gradient codebook; |sg(z) - e|^2 moves W alone (Zhu et al. 2024, equation 8).
+
+    Args:
+        codebook_start: of C; kmeans takes the latents' clusters, with W as the identity.
+        revive_after: steps after which little-used codes move onto random latents, by new rows of C; 0 is never.
+    """
+
+    codebook: Tensor
+
+    @checked
+    def __init__(
+        self, dim: int, *, codebook_start: CodebookStart = "kmeans", revive_after: CountOrZero = 50, **options: Any
+    ) -> None:
+        super().__init__(dim, codebook_start=codebook_start, revive_after=revive_after, **options)
+        self.register_buffer("codebook", self.draw_codebook())
+        self.projection = nn.Linear(self.code_dim, self.code_dim, bias=False, dtype=torch.float32)
+        nn.init.eye_(self.projection.weight)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return self._normalised(self.projection(F.embedding(codes, self.codebook)))
+
+    def active_codebook(self) -> Tensor:
+        return self._normalised(self.projection(self.codebook[: self.active_size]))
+
+    def codebook_losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        return {"codebook": F.mse_loss(chosen, vectors.detach())}
+
+    @torch.no_grad()
+    def set_codes(self, index: Tensor, vectors: Tensor) -> None:
+        """Choose rows of C so that C W are the vectors."""
+        self.codebook[index] = torch.linalg.lstsq(self.projection.weight, vectors.t()).solution.t()
