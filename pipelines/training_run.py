@@ -219,14 +219,10 @@ class TrainingRun:
 
     def log_means(self, step: int, **figures: float) -> None:
         """Log the means since the last call, with learning rate, speed and other figures."""
-        values = self.log.take_means(step)
+        values = self.log.take_means(step) | figures
         rate = (step + 1 - self.start_step) * self.config.batch_size / (time.perf_counter() - self.loop_started_at)
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s", refresh=False)
-        values |= {
-            "learning_rate": learning_rate(self.config, step, self.total_steps),
-            "images_per_second": rate,
-            **figures,
-        }
+        values |= {"learning_rate": learning_rate(self.config, step, self.total_steps), "images_per_second": rate}
         self.log.write(step, "train", self.seconds, values)
 
     def save_checkpoint(self, step: int) -> None:

@@ -22,7 +22,7 @@ from configs.schema import ImagePreprocessing
 from configs.validation import Schema, field_hints
 from prior import PRIOR_CONFIGS
 from tokenizer import TOKENIZER_CONFIGS
-from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers import QUANTIZERS, Quantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_READS = {"validate", "check_options"}
@@ -160,9 +160,41 @@ def names_loaded(function) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
+def quantizer_constructors(name: str) -> list[type]:
+    """The classes whose constructors take a quantizer's options: its own and those that `**options` go to."""
+    return [owner for owner in QUANTIZERS[name].__mro__ if "__init__" in vars(owner) and issubclass(owner, Quantizer)]
+
+
+def declared_by(owner: type) -> set[str]:
+    parameters = inspect.signature(owner.__init__).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def acted_on(function) -> set[str]:
+    """Names that a function loads other than to keep them, as in `self.depth = depth`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    kept = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign)}
+    loaded = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    return {node.id for node in loaded if id(node) not in kept}
+
+
+def attributes_read(cls: type) -> set[str]:
+    attributes = [n for n in ast.walk(ast.parse(inspect.getsource(cls))) if isinstance(n, ast.Attribute)]
+    return {node.attr for node in attributes if isinstance(node.ctx, ast.Load)}
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_every_option_of_every_quantizer_is_used_by_its_constructor(name):
-    assert set(options_of(QUANTIZERS[name])) <= names_loaded(QUANTIZERS[name].__init__)
+def test_every_option_of_every_quantizer_is_acted_on_by_its_constructor_or_kept_and_read(name):
+    owners = [owner for owner in QUANTIZERS[name].__mro__ if "__init__" in vars(owner) and issubclass(owner, Quantizer)]
+    read = set().union(*(attributes_read(owner) for owner in owners))
+    declared: set[str] = set()
+    for owner in owners:
+        parameters = inspect.signature(owner.__init__).parameters.values()
+        options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        assert options <= names_loaded(owner.__init__), owner.__name__
+        assert options <= acted_on(owner.__init__) | read, owner.__name__
+        declared |= options
+    assert set(options_of(QUANTIZERS[name])) == declared
 
 
 # The scan itself

@@ -40,7 +40,28 @@ def test_psnr_equals_that_of_torchmetrics():
 
 def test_codes_are_counted_over_all_positions():
     codes = torch.tensor([[[0, 2], [2, 3]], [[2, 0], [0, 0]]])
-    assert metrics.count_codes(codes, 6).tolist() == [4, 0, 3, 1, 0, 0]
+    assert metrics.count_codes(codes, 6).tolist() == [[4, 0, 3, 1, 0, 0]]
+
+
+def test_codes_of_several_codebooks_are_counted_apart():
+    codes = torch.tensor([[[0, 2], [2, 3]], [[2, 0], [0, 0]]])
+    assert metrics.count_codes(codes, 4, num_codebooks=2).tolist() == [[2, 0, 2, 0], [2, 0, 1, 1]]
+    codes = torch.randint(0, 5, (3, 4, 2, 3))
+    expected = [[(codes[..., i] == code).sum().item() for code in range(5)] for i in range(3)]
+    assert metrics.count_codes(codes, 5, num_codebooks=3).tolist() == expected
+
+
+def test_usage_and_perplexity_of_several_codebooks_are_means():
+    counts = torch.tensor([[5, 5, 5, 5], [7, 0, 0, 0]])
+    assert metrics.usage(counts) == (1 + 1 / 4) / 2
+    assert metrics.entropy(counts) == pytest.approx(math.log(4) / 2, rel=1e-12)
+    assert metrics.perplexity(counts) == pytest.approx(math.sqrt(4 * 1), rel=1e-12)
+
+
+def test_codes_that_never_occur_have_usage_0_and_perplexity_1():
+    counts = torch.zeros(2, 4, dtype=torch.int64)
+    assert metrics.usage(counts) == 0
+    assert metrics.perplexity(counts) == 1
 
 
 def test_usage_is_the_share_of_codes_that_occur():

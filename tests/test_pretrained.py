@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizer_cases import VARIANTS, tiny_block
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -119,12 +120,37 @@ def test_a_model_saved_in_shards_loads(kind, tmp_path: Path):
     assert_equal_tensors(load(kind, tmp_path), dict(model.state_dict()))
 
 
-def test_a_model_loads_as_the_dtype_asked_for(kind, tmp_path: Path):
+def test_a_model_but_its_quantizer_loads_as_the_dtype_asked_for(kind, tmp_path: Path):
     model = build(kind)
     model.save_pretrained(tmp_path)
     loaded = KINDS[kind][0].from_pretrained(tmp_path, dtype=torch.bfloat16)
-    expected = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    expected = {
+        k: v.bfloat16() if v.is_floating_point() and not k.startswith("quantizer.") else v
+        for k, v in model.state_dict().items()
+    }
     assert_equal_tensors(loaded, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_quantizer_keeps_float32_and_every_code_whatever_dtype_it_is_loaded_as(name, dtype, tmp_path: Path):
+    model = VQVAE(tokenizer_config(quantizer=tiny_block(VARIANTS[name]))).eval()
+    model.quantizer.anneal(0.25)
+    model.quantizer.train()(torch.randn(2, 4, 4, 6))
+    model.quantizer.eval().update(0)  # counters that no constructor gives
+    model.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == next(loaded.encoder.parameters()).dtype == dtype
+    torch.testing.assert_close(
+        dict(loaded.quantizer.state_dict()), dict(model.quantizer.state_dict()), rtol=0, atol=0, check_stride=False
+    )
+    latents = torch.randn(2, 4, 4, 6)
+    output, expected = loaded.quantizer(latents), model.quantizer(latents)
+    assert torch.equal(output.codes, expected.codes)
+    assert torch.equal(output.quantized, expected.quantized)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert loaded(images).reconstruction.dtype == dtype
+    assert loaded.decode(expected.codes).dtype == dtype
 
 
 @pytest.mark.parametrize("start", ["kmeans", "normal", "uniform"])

@@ -58,7 +58,7 @@ def require_same_training(one: Path, two: Path) -> None:
     "options",
     [
         ["quantizer.name=ema", "quantizer.revive_after=2", "data.flip=true"],
-        ["quantizer.name=vq", "quantizer.revive_after=2", "weight_ema=0.9", "initialize_batches=2"],
+        ["quantizer.name=vq", "quantizer.revive_after=2", "weight_ema=0.9"],
     ],
     ids=["ema", "vq"],
 )

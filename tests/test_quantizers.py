@@ -1,90 +1,121 @@
-"""The contract of every quantizer in the table, and the published equations of each."""
+"""The contract of every quantizer in the table: shapes, types, state, random numbers and checkpointing."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from quantizer_cases import (
+    STOCHASTIC,
+    VARIANTS,
+    assert_same_state,
+    decode,
+    loss_of,
+    state_of,
+    tiny_quantizer,
+    train_step,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from configs.loading import options_of
-from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
-from tokenizer.quantizers.codebook import CodebookQuantizer
-from tokenizer.quantizers.search import kmeans, nearest_codes
+from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerOutput
 
-CODEBOOKS = [name for name, cls in QUANTIZERS.items() if issubclass(cls, CodebookQuantizer)]
 GRIDS = [(7,), (3, 5), (2, 3, 4)]
-TINY = {"vocab_size": 16, "codebook_start": "normal", "revive_after": 0}
+
+every_quantizer = pytest.mark.parametrize("name", VARIANTS)
+in_both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
-def tiny_quantizer(name: str, dim: int = 4, **options: object) -> Quantizer:
-    """A quantizer of `dim` channels with those of the tiny options that it has."""
-    known = options_of(QUANTIZERS[name])
-    return build_quantizer({"name": name, **{k: v for k, v in (TINY | options).items() if k in known}}, dim)
-
-
-def state_of(quantizer: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-
-
-def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(dict(module.state_dict()), expected, rtol=0, atol=0)
-
-
-def near_codes(quantizer: Quantizer, codes: list[int]) -> Tensor:
-    """Latents `(1, D, len(codes))` that choose these codes, each a little off."""
-    latents = quantizer.decode(torch.tensor([codes])).detach()
-    return latents + 1e-3 * torch.randn_like(latents)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_decoding_the_codes_gives_the_quantized_latents(name, grid):
-    quantizer = tiny_quantizer(name).eval()
-    output = quantizer(torch.randn(2, 4, *grid))
-    assert output.quantized.shape == (2, 4, *grid)
-    torch.testing.assert_close(quantizer.decode(output.codes), output.quantized, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_codes_are_int64_within_the_vocabulary_and_shaped_by_the_layout(name, grid):
-    quantizer = tiny_quantizer(name)
-    codes = quantizer(torch.randn(3, 4, *grid)).codes
-    layout = quantizer.code_layout(grid)
-    assert codes.dtype == torch.int64
-    assert codes.shape == (3, *layout.shape)
-    for part, code_grid in zip(layout.split(codes), layout.grids, strict=True):
-        assert part.min() >= 0
-        assert part.max() < code_grid.vocab_size
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_autocast_to_bfloat16_changes_no_code_and_no_loss(name, training):
-    # Uniform in [-1/K, 1/K]: codes so close together that bfloat16 mistakes most of them.
-    quantizer = tiny_quantizer(name, vocab_size=512, codebook_start="uniform").train(training)
-    latents = torch.empty(4, 4, 8, 8).uniform_(-1 / 512, 1 / 512)
-    expected = quantizer(latents)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = quantizer(latents)
-    assert output.quantized.dtype == torch.float32
+def assert_same_output(output: QuantizerOutput, expected: QuantizerOutput) -> None:
     assert torch.equal(output.codes, expected.codes)
     assert torch.equal(output.quantized, expected.quantized)
     torch.testing.assert_close(output.losses, expected.losses, rtol=0, atol=0)
 
 
+def test_every_quantizer_of_the_table_is_among_the_variants():
+    assert {block["name"] for block in VARIANTS.values()} == set(QUANTIZERS)
+
+
+@in_both_modes
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@every_quantizer
+def test_codes_are_int64_within_the_vocabulary_and_shaped_by_the_layout(name, grid, training):
+    quantizer = tiny_quantizer(name, grid_dims=len(grid)).train(training)
+    output = quantizer(torch.randn(3, 4, *grid))
+    layout = quantizer.code_layout(grid)
+    assert output.codes.dtype == torch.int64
+    assert output.codes.shape == (3, *layout.shape)
+    assert layout.vocab_size == quantizer.vocab_size == 16
+    for part, code_grid in zip(layout.split(output.codes), layout.grids, strict=True):
+        assert part.min() >= 0
+        assert part.max() < code_grid.vocab_size
+    assert output.quantized.shape == (3, 4, *grid)
+    scalars = [*output.losses.values(), *output.metrics.values()]
+    assert all(scalar.shape == () and scalar.dtype == torch.float32 and scalar.isfinite() for scalar in scalars)
+    assert not any(metric.requires_grad for metric in output.metrics.values())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@every_quantizer
+def test_decoding_the_codes_gives_the_quantized_latents(name, grid):
+    quantizer = tiny_quantizer(name, grid_dims=len(grid)).eval()
+    output = quantizer(torch.randn(2, 4, *grid))
+    decoded = decode(quantizer, output.codes, *grid)
+    assert decoded.dtype == output.quantized.dtype == torch.float32
+    torch.testing.assert_close(decoded, output.quantized, rtol=0, atol=1e-6)
+    if len(quantizer.code_layout(grid).grids) == 1:
+        assert torch.equal(quantizer.decode(output.codes), decoded)
+
+
+@in_both_modes
+@every_quantizer
+def test_autocast_to_bfloat16_changes_no_code_no_value_and_no_loss(name, training):
+    # Uniform in [-1/K, 1/K]: codes so close together that bfloat16 mistakes most of them.
+    quantizer = tiny_quantizer(name, vocab_size=512, codebook_start="uniform").train(training)
+    latents, seeds = torch.empty(4, 4, 8, 8).uniform_(-1 / 512, 1 / 512), torch.arange(4)
+    expected = quantizer(latents, seeds)
+    decoded = decode(quantizer, expected.codes, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = quantizer(latents, seeds)
+        decoded_under_autocast = decode(quantizer, expected.codes, 8, 8)
+    assert output.quantized.dtype == torch.float32
+    assert_same_output(output, expected)
+    assert torch.equal(decoded_under_autocast, decoded)
+
+
+@in_both_modes
+@every_quantizer
+def test_matrix_products_of_medium_precision_change_no_code_no_value_and_no_loss(name, training):
+    quantizer = tiny_quantizer(name, vocab_size=512, codebook_start="uniform").train(training)
+    latents, seeds = torch.empty(4, 4, 8, 8).uniform_(-1 / 512, 1 / 512), torch.arange(4)
+    expected = quantizer(latents, seeds)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert_same_output(quantizer(latents, seeds), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 class Identity(Quantizer):
     """The latents themselves, by way of a matrix product, which autocast would round."""
 
-    def quantize(self, latents: Tensor) -> QuantizerOutput:
+    precision = ""
+
+    def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
+        self.precision = torch.get_float32_matmul_precision()
         product = torch.eye(self.dim) @ latents.flatten(2)
         return QuantizerOutput(product.view_as(latents), latents.new_zeros(len(latents), *latents.shape[2:]).long())
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return torch.zeros(len(codes), self.dim, *codes.shape[1:])
+    def embed(self, codes: Tensor) -> Tensor:
+        self.precision = torch.get_float32_matmul_precision()
+        raise KeyError("no codes")
+
+    def start(self, latents: Tensor) -> None:
+        self.precision = torch.get_float32_matmul_precision()
 
 
 def test_the_base_class_turns_autocast_off_around_quantize():
@@ -94,255 +125,196 @@ def test_the_base_class_turns_autocast_off_around_quantize():
     torch.testing.assert_close(quantized, latents, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_bfloat16_latents_have_the_codes_of_the_same_values_in_float32(name):
+def test_the_base_class_asks_for_full_precision_and_restores_what_was_set_also_after_an_error():
+    quantizer = Identity(4, 2)
+    torch.set_float32_matmul_precision("high")
+    try:
+        quantizer(torch.randn(2, 4, 8))
+        assert (quantizer.precision, torch.get_float32_matmul_precision()) == ("highest", "high")
+        quantizer.precision = ""
+        quantizer.initialize(torch.randn(2, 4, 8))
+        assert (quantizer.precision, torch.get_float32_matmul_precision()) == ("highest", "high")
+        quantizer.precision = ""
+        with pytest.raises(KeyError):
+            quantizer.decode(torch.zeros(2, 8, dtype=torch.int64))
+        assert (quantizer.precision, torch.get_float32_matmul_precision()) == ("highest", "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.double], ids=str)
+@every_quantizer
+def test_a_cast_leaves_every_tensor_as_it_was_and_training_goes_on(name, dtype):
+    quantizer = tiny_quantizer(name)
+    untouched, before = copy.deepcopy(quantizer), state_of(quantizer)
+    whole = nn.Sequential(nn.Linear(2, 2), quantizer)
+    {torch.bfloat16: whole.bfloat16, torch.half: whole.half, torch.double: whole.double}[dtype]()
+    assert whole[0].weight.dtype == dtype
+    whole.to(torch.bfloat16).to("cpu", dtype)
+    assert_same_state(quantizer, before)
+    latents = torch.randn(2, 4, 6, 6)
+    for step in range(2):
+        assert torch.equal(quantizer.eval()(latents).codes, untouched.eval()(latents).codes)
+        quantized = train_step(quantizer.train(), latents.clone(), step)
+        assert torch.equal(quantized, train_step(untouched.train(), latents.clone(), step))
+    assert_same_state(quantizer, state_of(untouched))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.double], ids=str)
+@every_quantizer
+def test_latents_of_another_type_have_the_codes_of_the_same_values_in_float32(name, dtype):
     quantizer = tiny_quantizer(name).eval()
-    latents = torch.randn(2, 4, 8, 8).bfloat16()
+    latents = torch.randn(2, 4, 8, 8).to(dtype)
     output = quantizer(latents)
     assert output.quantized.dtype == torch.float32
-    assert torch.equal(output.codes, quantizer(latents.float()).codes)
+    assert_same_output(output, quantizer(latents.float()))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 3), (2, 4), (4,)], ids=str)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@every_quantizer
 def test_latents_of_another_shape_are_refused(name, shape):
     with pytest.raises(ValueError, match=r"expected latents \(B, 4, \*grid\), got \("):
         tiny_quantizer(name)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_the_gradient_passes_straight_through(name):
-    quantizer = tiny_quantizer(name)
-    latents = torch.randn(2, 4, 3, 3, requires_grad=True)
-    weights = torch.randn(2, 4, 3, 3)
-    (quantizer(latents).quantized * weights).sum().backward()
-    torch.testing.assert_close(latents.grad, weights, rtol=0, atol=0)
+# State
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@every_quantizer
 def test_save_load_continue_equals_not_having_stopped(name, tmp_path: Path):
-    # Revival falls into the second half and depends on codes used in the first.
-    def build() -> tuple[Quantizer, torch.optim.Optimizer | None]:
-        quantizer = tiny_quantizer(name, revive_after=4)
-        parameters = list(quantizer.parameters())
-        return quantizer, torch.optim.SGD(parameters, lr=0.5) if parameters else None
+    # Revival falls into the second half, and its window reaches into the first. Every other batch has fewer vectors
+    # than codes, so that most of a pool of latents stays from the batches before.
+    def build() -> Quantizer:
+        return tiny_quantizer(name, revive_after=4, revive_below=0.9)
 
-    def train(quantizer: Quantizer, optimizer: torch.optim.Optimizer | None, steps: range) -> None:
+    def train(quantizer: Quantizer, steps: range) -> list[Tensor]:
+        quantized = []
         for step in steps:
-            latents = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(step), requires_grad=True)
-            output = quantizer(latents)
-            (output.quantized.square().sum() + sum(output.losses.values())).backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-            quantizer.update(step)
+            shape = (2, 4, 5, 6) if step % 2 else (1, 4, 1, 4)
+            latents = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            quantized.append(train_step(quantizer, latents, step))
+        return quantized
 
-    whole, optimizer = build()
-    train(whole, optimizer, range(2))
+    whole = build()
+    train(whole, range(2))
     save_file(state_of(whole), tmp_path / "half.safetensors")
-    train(whole, optimizer, range(2, 6))
-    resumed, optimizer = build()
+    expected = train(whole, range(2, 6))
+    resumed = build()
     resumed.load_state_dict(load_file(tmp_path / "half.safetensors"))
-    train(resumed, optimizer, range(2, 6))
+    for quantized, other in zip(train(resumed, range(2, 6)), expected, strict=True):
+        assert torch.equal(quantized, other)
     assert_same_state(resumed, state_of(whole))
 
 
-def test_an_unknown_quantizer_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown quantizer 'vqq'; did you mean 'vq'") as error:
-        build_quantizer({"name": "vqq"}, 4)
-    assert ", ".join(sorted(QUANTIZERS)) in str(error.value)
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_an_unknown_option_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"unknown option of {name} 'quantizer.nonsense'; .*choose one of") as error:
-        build_quantizer({"name": name, "nonsense": 1}, 4)
-    assert all(f"quantizer.{option}" in str(error.value) for option in options_of(QUANTIZERS[name]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vocab_size": 1}, "vocab_size should be an integer of at least 2, got 1"),
-        ({"commitment_weight": -1}, "commitment_weight should be from 0 to 100, got -1"),
-        ({"codebook_start": "ones"}, "codebook_start should be one of .*kmeans.*, got 'ones'"),
-        ({"revive_after": -1}, "revive_after should be a number of steps, or 0 for never, got -1"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_options_out_of_range_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        build_quantizer({"name": name, **options}, 4)
-
-
-# Blocks hold 2**20 scores, so these run over 1, 3 and 4 blocks, the last one not full.
-@pytest.mark.parametrize(("num_vectors", "dim", "vocab_size"), [(50, 8, 37), (2100, 5, 1000), (60, 4, 60_000)])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_chosen_code_is_nearest_up_to_float32_rounding(num_vectors, dim, vocab_size, scale):
-    vectors, codebook = scale * torch.randn(num_vectors, dim), scale * torch.randn(vocab_size, dim)
-    codes = nearest_codes(vectors, codebook)
-    x, e = vectors.double(), codebook.double()
-    squared = x.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * x @ e.t()
-    chosen = squared.gather(1, codes[:, None]).squeeze(1)
-    bound = 1e-5 * (x.square().sum(1) + e[codes].square().sum(1))
-    assert ((chosen - squared.amin(1)) <= bound).all()
-
-
-@pytest.mark.parametrize(("num_vectors", "dim", "vocab_size"), [(64, 3, 17), (300, 16, 131), (1200, 7, 1013)])
-def test_exact_duplicates_go_to_the_lowest_index(num_vectors, dim, vocab_size):
-    distinct = torch.randn(12, dim)
-    codebook = distinct[torch.randint(0, 12, (vocab_size,))]
-    codes = nearest_codes(torch.randn(num_vectors, dim), codebook)
-    first = (codebook[codes][:, None] == codebook).all(2).int().argmax(1)
-    assert torch.equal(codes, first)
-
-
-def test_beta_weighs_the_commitment_term_and_not_the_codebook_term_of_vq():
-    latents = torch.randn(2, 4, 3, 3, requires_grad=True)
-    for beta in (0.25, 2.0):
-        quantizer = tiny_quantizer("vq", commitment_weight=beta)
-        output = quantizer(latents)
-        difference = (latents - quantizer.decode(output.codes)).detach()
-        per_code = torch.zeros(16, 4).index_add_(0, output.codes.flatten(), difference.movedim(1, -1).reshape(-1, 4))
-        inputs = [latents, quantizer.codebook]
-        to_latents, to_codebook = torch.autograd.grad(output.losses["codebook"], inputs, allow_unused=True)
-        assert to_latents is None
-        torch.testing.assert_close(to_codebook, -2 * per_code / latents.numel(), rtol=1e-5, atol=1e-7)
-        to_latents, to_codebook = torch.autograd.grad(output.losses["commitment"], inputs, allow_unused=True)
-        assert to_codebook is None
-        torch.testing.assert_close(to_latents, beta * 2 * difference / latents.numel(), rtol=1e-5, atol=1e-7)
-
-
-def test_the_moving_average_codebook_follows_the_published_update():
-    K, decay, epsilon = 16, 0.8, 1e-3
-    quantizer = tiny_quantizer("ema", decay=decay, epsilon=epsilon)
-    N, m = torch.ones(K, dtype=torch.float64), quantizer.codebook.double()
-    for step in range(5):
-        latents = torch.randn(2, 4, 5)
-        codes = quantizer(latents).codes
-        quantizer.update(step)
-        for i in range(K):
-            chosen_by = latents.movedim(1, -1)[codes == i].double()
-            N[i] = N[i] * decay + len(chosen_by) * (1 - decay)
-            m[i] = m[i] * decay + chosen_by.sum(0) * (1 - decay)
-        n = N.sum()
-        smoothed = (N + epsilon) / (n + K * epsilon) * n
-        torch.testing.assert_close(quantizer.codebook.double(), m / smoothed[:, None], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_two_accumulated_forwards_and_one_update_equal_one_forward_of_the_joined_batch(name):
-    accumulated, joined = tiny_quantizer(name), tiny_quantizer(name)
-    joined.load_state_dict(accumulated.state_dict())
-    before = state_of(accumulated)
-    first, second = torch.randn(3, 4, 5).requires_grad_(), torch.randn(3, 4, 5).requires_grad_()
-    for latents in (first, second):
-        (sum(accumulated(latents).losses.values()) / 2).backward()
-    assert_same_state(accumulated, before)
-    sum(joined(torch.cat([first, second])).losses.values()).backward()
-    for mine, theirs in zip(accumulated.parameters(), joined.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
-    accumulated.update(0)
-    joined.update(0)
-    torch.testing.assert_close(dict(accumulated.state_dict()), dict(joined.state_dict()), rtol=1e-5, atol=1e-6)
-    after = state_of(accumulated)
-    accumulated.update(1)
-    assert_same_state(accumulated, after)
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_a_code_that_nobody_chose_never_gives_nan(name):
-    quantizer = tiny_quantizer(name, decay=0.5)
-    quantizer.set_codes(torch.tensor([3]), torch.full((1, 4), 1e3))
-    for step in range(200):
-        output = quantizer(torch.randn(1, 4, 6))
-        assert output.quantized.isfinite().all()
-        quantizer.update(step)
-    assert all(tensor.isfinite().all() for tensor in state_of(quantizer).values())
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_revival_moves_exactly_the_unused_codes_onto_latents_of_the_batch(name):
-    reviving, never = tiny_quantizer(name, revive_after=3), tiny_quantizer(name, revive_after=0)
-    never.load_state_dict(reviving.state_dict())
-    for step in range(3):
-        assert torch.equal(reviving.codebook, never.codebook)
-        latents = near_codes(reviving, [4 * step + i for i in (0, 1, 2)])
-        for quantizer in (reviving, never):
-            assert quantizer(latents).codes.tolist() == [[4 * step + i for i in (0, 1, 2)]]
-            quantizer.update(step)
-    moved = (reviving.codebook != never.codebook).any(1).nonzero().squeeze(1)
-    assert moved.tolist() == [3, 7, 11, 12, 13, 14, 15]
-    vectors = latents[0].t()  # (N, D)
-    assert (reviving.codebook[moved][:, None] == vectors).all(2).any(1).all()
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_revival_counts_anew_after_each_window(name):
-    quantizer = tiny_quantizer(name, revive_after=2)
-    quantizer(near_codes(quantizer, list(range(16))))
-    quantizer.update(0)
-    quantizer(near_codes(quantizer, [0]))
-    quantizer.update(1)
-    for step in (2, 3):
-        latents = near_codes(quantizer, [0])
-        quantizer(latents)
-        quantizer.update(step)
-    assert torch.equal(quantizer.codebook[1:], latents[0].t().expand(15, 4))
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_revive_after_zero_never_moves_a_code_onto_a_latent(name):
-    quantizer = tiny_quantizer(name, revive_after=0)
-    for step in range(20):
-        latents = near_codes(quantizer, [0, 1])
-        quantizer(latents)
-        quantizer.update(step)
-        assert not (quantizer.codebook[:, None] == latents[0].t()).all(2).any()
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
+@every_quantizer
 def test_an_evaluation_forward_leaves_all_state_unchanged(name):
     quantizer = tiny_quantizer(name, revive_after=1)
     before = state_of(quantizer)
-    quantizer.eval()(torch.randn(2, 4, 6))
-    quantizer.update(0)
-    with torch.no_grad():
-        quantizer.train()(torch.randn(2, 4, 6))
+    quantizer.eval()(torch.randn(2, 4, 6, 6))
     quantizer.update(0)
     assert_same_state(quantizer, before)
 
 
-def separated_clusters() -> Tensor:
-    """Twenty vectors close to each of five points far apart, `(100, 3)`, ordered by point."""
-    points = 20 * torch.arange(5.0)[:, None] + torch.randn(5, 3)
-    return points.repeat_interleave(20, dim=0) + 0.1 * torch.randn(100, 3)
+@every_quantizer
+def test_a_training_forward_without_gradients_counts_as_one_with_gradients_does(name):
+    # As in batch norm; reentrant checkpointing runs its first forward pass without gradients.
+    quantizer = tiny_quantizer(name, revive_after=1)
+    other = copy.deepcopy(quantizer)
+    latents, seeds = torch.randn(2, 4, 6, 6), torch.arange(2)
+    quantizer(latents.clone().requires_grad_(), seeds)
+    with torch.no_grad():
+        other(latents, seeds)
+    quantizer.update(0)
+    other.update(0)
+    assert_same_state(other, state_of(quantizer))
 
 
-def test_kmeans_finds_the_centres_of_separated_clusters():
-    vectors = separated_clusters()
-    expected = vectors.view(5, 20, 3).mean(1)
-    torch.testing.assert_close(kmeans(vectors, 5), expected, rtol=1e-5, atol=1e-5)
+@every_quantizer
+def test_no_state_moves_before_update_and_a_second_update_does_nothing(name):
+    quantizer = tiny_quantizer(name, revive_after=1)
+    before = state_of(quantizer)
+    quantizer.anneal(0.5)
+    quantizer(torch.randn(2, 4, 6, 6))
+    assert_same_state(quantizer, before)
+    quantizer.update(0)
+    after = state_of(quantizer)
+    quantizer.update(1)
+    assert_same_state(quantizer, after)
 
 
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_a_codebook_that_starts_from_kmeans_holds_the_centres(name):
-    vectors = separated_clusters()
-    quantizer = tiny_quantizer(name, dim=3, vocab_size=5, codebook_start="kmeans")
-    quantizer.initialize(vectors)
-    decoded = quantizer.decode(torch.arange(5)[None])[0].t()
-    torch.testing.assert_close(decoded, vectors.view(5, 20, 3).mean(1), rtol=1e-5, atol=1e-5)
-    other = tiny_quantizer(name, dim=3, vocab_size=5, codebook_start="normal")
-    before = state_of(other)
-    other.initialize(vectors)
-    assert_same_state(other, before)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@every_quantizer
+def test_activation_checkpointing_changes_nothing(name, use_reentrant):
+    quantizer = tiny_quantizer(name, revive_after=2, revive_below=0.9)
+    repeating = copy.deepcopy(quantizer)
+
+    def run(quantizer: Quantizer, latents: Tensor, seeds: Tensor, repeat: bool) -> list[Tensor]:
+        def tensors(latents: Tensor) -> tuple[Tensor, ...]:
+            output = quantizer(latents, seeds)
+            return output.quantized, output.codes, *output.losses.values()
+
+        found = checkpoint(tensors, latents, use_reentrant=use_reentrant) if repeat else tensors(latents)
+        quantized, _, *losses = found
+        (quantized.square().mean() + sum(losses)).backward()
+        return [*found, latents.grad, *(parameter.grad for parameter in quantizer.parameters())]
+
+    for step in range(2):
+        latents, seeds = torch.randn(4, 4, 4, 4), torch.arange(4) + step
+        expected = run(quantizer, latents.clone().requires_grad_(), seeds, False)
+        found = run(repeating, latents.clone().requires_grad_(), seeds, True)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        quantizer.update(step)
+        repeating.update(step)
+        assert_same_state(repeating, state_of(quantizer))
 
 
-@pytest.mark.parametrize(("num_vectors", "dim", "vocab_size"), [(3, 4, 16), (1, 4, 8), (1, 1, 4), (7, 2, 8)])
-def test_kmeans_with_fewer_vectors_than_clusters_gives_finite_distinct_centres(num_vectors, dim, vocab_size):
-    vectors = torch.randn(num_vectors, dim)
-    centres = kmeans(vectors, vocab_size)
-    assert centres.isfinite().all()
-    assert len(centres.unique(dim=0)) == vocab_size
-    assert torch.cdist(vectors, centres).amin(1).max() < 1e-2
+# Random numbers
+
+
+def test_the_quantizers_that_draw_random_numbers_say_so():
+    latents = torch.randn(8, 4, 6, 6)
+    for name in VARIANTS:
+        quantizer = tiny_quantizer(name)
+        one, other = (quantizer(latents, torch.arange(8) + first).quantized for first in (0, 8))
+        assert torch.equal(one, other) == (name not in STOCHASTIC), name
+        assert torch.equal(quantizer.eval()(latents, torch.arange(8)).quantized, quantizer(latents).quantized)
+
+
+@every_quantizer
+def test_an_image_with_its_seed_is_quantized_the_same_among_other_images(name):
+    quantizer = tiny_quantizer(name)
+    latents, seeds = torch.randn(5, 4, 6, 6), torch.tensor([3, 1 << 61, 7, 3, 0])
+    together = quantizer(latents, seeds)
+    for i in (1, 3):
+        alone = quantizer(latents[i : i + 1], seeds[i : i + 1])
+        assert torch.equal(alone.codes[0], together.codes[i])
+        torch.testing.assert_close(alone.quantized[0], together.quantized[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_without_seeds_they_come_from_the_generator_of_torch(name):
+    quantizer, latents = tiny_quantizer(name), torch.randn(8, 4, 6, 6)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(quantizer(latents).quantized)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_activation_checkpointing_repeats_numbers_that_torch_drew(name, use_reentrant):
+    quantizer = tiny_quantizer(name)
+    gradients = []
+    for repeat in (False, True):
+        latents = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(1)
+
+        def total(latents: Tensor) -> Tensor:
+            return loss_of(quantizer(latents))
+
+        loss = checkpoint(total, latents, use_reentrant=use_reentrant) if repeat else total(latents)
+        loss.backward()
+        gradients.append(latents.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-7)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizer_cases import STOCHASTIC, VARIANTS, tiny_block
 from torch import Tensor, nn
 
 from configs.loading import options_of
 from tokenizer import TOKENIZER_CONFIGS, TOKENIZERS, ImageTokenizer, build_tokenizer
-from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers import QUANTIZERS, Quantizer
 from tokenizer.vqvae import VQVAEConfig
 
 TINY = {"channels": 8, "residual_channels": 4, "latent_dim": 4, "downsampling_factor": 4}
@@ -19,10 +20,10 @@ SIZES = [[16, 16], [16, 24]]
 
 
 def tiny(name: str, image_size: list[int] | int = 16, quantizer: str = "ema", **options: object) -> ImageTokenizer:
-    """A tokenizer with codes of 16, in eval mode, with those of the tiny options that it has."""
+    """A tokenizer with a variant of quantizers, codes of 16, in eval mode, with those of the tiny options it has."""
     known = options_of(TOKENIZER_CONFIGS[name])
     model = {"name": name, **{k: v for k, v in TINY.items() if k in known}, **options}
-    return build_tokenizer(model, {"name": quantizer, "vocab_size": 16}, image_size=image_size).eval()
+    return build_tokenizer(model, tiny_block(VARIANTS[quantizer]), image_size=image_size).eval()
 
 
 def images_for(tokenizer: ImageTokenizer, batch_size: int = 2) -> Tensor:
@@ -32,7 +33,8 @@ def images_for(tokenizer: ImageTokenizer, batch_size: int = 2) -> Tensor:
 def bookkeeping_of(tokenizer: ImageTokenizer) -> list[Tensor]:
     """The counters and sums of all quantizers inside."""
     quantizers = [module for module in tokenizer.modules() if isinstance(module, Quantizer)]
-    return [getattr(quantizer, name) for quantizer in quantizers for name in sorted(quantizer.bookkeeping)]
+    found = [(quantizer, name) for quantizer in quantizers for name in sorted(quantizer.bookkeeping)]
+    return [getattr(quantizer, name) for quantizer, name in found if hasattr(quantizer, name)]
 
 
 def code_tensors_of(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
@@ -139,13 +141,42 @@ def test_the_vqvae_trains_with_every_norm_and_factor(norm, factor):
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_seeds_decide_what_a_tokenizer_draws_in_training(name):
+    tokenizer = build_tokenizer({"name": "vqvae", **TINY}, tiny_block(VARIANTS[name]), image_size=16).train()
+    images = images_for(tokenizer, 6)
+    one, same, other = (tokenizer(images, torch.arange(6) + first).reconstruction for first in (0, 0, 6))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    alone = tokenizer(images[2:3], torch.tensor([2])).reconstruction[0]
+    torch.testing.assert_close(alone, one[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_vqvae_trains_and_codes_with_every_quantizer(name):
+    tokenizer = build_tokenizer({"name": "vqvae", **TINY}, tiny_block(VARIANTS[name]), image_size=[16, 24]).train()
+    images = images_for(tokenizer)
+    output = tokenizer(images, torch.arange(2))
+    ((output.reconstruction - images).square().mean() + sum(output.losses.values())).backward()
+    tokenizer.quantizer.update(0)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        assert all(parameter.grad.isfinite().all() for parameter in part.parameters())
+    assert tokenizer.encoder[0].weight.grad.abs().sum() > 0
+    tokenizer.eval()
+    codes = tokenizer.encode(images)
+    assert codes.shape == (2, *tokenizer.code_layout.shape)
+    torch.testing.assert_close(
+        tokenizer.decode(codes), tokenizer(images).reconstruction.clamp(-1, 1), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(("key", "value"), [("norm", "layer"), ("downsampling_factor", 3), ("channels", 0)])
 def test_options_of_the_vqvae_out_of_range_are_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} should be .*, got {value!r}"):
         VQVAEConfig(**{key: value})
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "vq"])
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ema-growing"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_fingerprint_survives_save_load_and_casts(name, quantizer, tmp_path: Path):
     tokenizer = tiny(name, quantizer=quantizer)
@@ -180,7 +211,10 @@ def test_the_fingerprint_does_not_see_the_decoder(name):
     assert tokenizer.compute_fingerprint() == before
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "vq"])
+COUNTING = ["cvq", "cvq-random", "ema", "ema-growing", "ibq", "multiscale", "product", "residual", "simvq", "vq"]
+
+
+@pytest.mark.parametrize("quantizer", COUNTING)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_fingerprint_does_not_see_counters(name, quantizer):
     tokenizer = tiny(name, quantizer=quantizer)
@@ -202,7 +236,7 @@ def test_the_fingerprint_does_not_see_the_step_counters_of_batch_norm():
     assert tokenizer.compute_fingerprint() == before
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "vq"])
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ema-growing"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_fingerprint_sees_every_tensor_of_encoder_and_codebook(name, quantizer):
     tokenizer = tiny(name, quantizer=quantizer)
@@ -212,7 +246,7 @@ def test_the_fingerprint_sees_every_tensor_of_encoder_and_codebook(name, quantiz
     assert any(key.startswith("quantizer.") for key in tensors)
     for tensor in tensors.values():
         with torch.no_grad():
-            tensor.flatten()[-1].add_(1e-3)
+            tensor.view(-1)[-1] += 1e-3 if tensor.is_floating_point() else 1
         found.add(tokenizer.compute_fingerprint())
     assert len(found) == len(tensors) + 1
 

@@ -75,8 +75,6 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
     config_class = ImageTokenizerConfig
     config: ImageTokenizerConfig
     main_input_name = "images"
-    # Whatever dtype a model is loaded in: which code is nearest must not depend on it.
-    _keep_in_fp32_modules_strict = {"quantizer"}
     downsampling_factor: int
     """Pixels of a position's side."""
     encoder: nn.Module

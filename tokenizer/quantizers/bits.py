@@ -89,7 +89,7 @@ class BitQuantizer(Quantizer):
     def bit_losses(self, vectors: Tensor, chosen: Tensor, magnitude: float, group_bits: int) -> dict[str, Tensor]:
         """Commitment and entropy terms of vectors `(N, n)` with codes at `chosen`, each channel +-magnitude."""
         losses = {"commitment": self.commitment_weight * F.mse_loss(vectors, chosen.detach())}
-        if self.entropy_weight:
+        if self.entropy_weight and self.training:
             # |z + m|^2 - |z - m|^2 = 4 m z: the log odds of a bit.
             logits = vectors * (4 * magnitude / self.entropy_temperature)
             sample, batch = bit_entropies(logits, group_bits)

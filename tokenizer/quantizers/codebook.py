@@ -20,12 +20,14 @@ from tokenizer.quantizers.collectives import (
     take_rows,
 )
 from tokenizer.quantizers.entropy import assignment_entropies
-from tokenizer.quantizers.gradients import GRADIENTS, Gradient
+from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
 from tokenizer.quantizers.kmeans import kmeans, start_vectors
 from tokenizer.quantizers.search import nearest_codes
 
 _LEAST_MEAN_COUNT = 4
 """Vectors a code, on average, before disuse means anything: by chance, 2 % of codes are then not chosen."""
+
+_REVIVE_UNTIL = 0.9
 
 CodebookStart = Literal["kmeans", "normal", "uniform"]
 Weight = Annotated[float, Range(0, 100)]
@@ -51,8 +53,9 @@ class CodebookQuantizer(Quantizer):
         entropy_temperature: of that softmax, in units of the batch's mean squared distance to the chosen code.
         codebook_start: kmeans on the first batches' latents, normal, or uniform in [-1/K, 1/K].
         revive_after: steps after which little-used codes move onto random latents, and counting starts anew; more where
-            these steps hold fewer than 4 vectors a code; 0 is never.
-        revive_below: what is little: this share of the mean use, or less; 0 is codes that were not chosen at all.
+            these steps hold fewer than 4 vectors a code. None move in the last tenth of training; 0 is never.
+        revive_below: what is little: this share of the mean use, or less, at the end of training. The share rises to it
+            from 0, which is codes that were not chosen at all.
         initial_vocab_size: codes at the start of a codebook that grows, a random latent for each new code; 0 starts
             with all.
         grow_until: share of the training by which a growing codebook has all codes.
@@ -78,7 +81,7 @@ class CodebookQuantizer(Quantizer):
         entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
         codebook_start: CodebookStart = "kmeans",
         revive_after: CountOrZero = 50,
-        revive_below: Share = 0.3,
+        revive_below: Share = 0.5,
         initial_vocab_size: CountOrZero = 0,
         grow_until: Annotated[float, Range(0.01, 1)] = 0.5,
     ) -> None:
@@ -98,10 +101,12 @@ class CodebookQuantizer(Quantizer):
         self.revive_below = revive_below
         self.initial_vocab_size = initial_vocab_size
         self.grow_until = grow_until
-        self.num_start_vectors = start_vectors(initial_vocab_size or vocab_size) if codebook_start == "kmeans" else 0
+        if codebook_start == "kmeans":
+            self.num_start_vectors = max(self.num_start_vectors, start_vectors(initial_vocab_size or vocab_size))
         self.register_buffer("recent_counts", torch.zeros(vocab_size, dtype=torch.float32))
         if initial_vocab_size:
             self.register_buffer("num_active", torch.tensor(initial_vocab_size))
+        self._revive_share: float | None = 0.0
         self._target_size = initial_vocab_size
         self._vectors: Tensor | None = None
         self._counts: Tensor | None = None
@@ -143,25 +148,25 @@ class CodebookQuantizer(Quantizer):
         """Replace each latent vector by its nearest codebook vector."""
         B, _, *grid = latents.shape
         vectors = self.to_vectors(latents)  # (N, D)
-        codes = nearest_codes(vectors.detach(), self.active_codebook().detach())
+        codebook = self.active_codebook()  # (K, D)
+        codes = nearest_codes(vectors.detach(), codebook.detach())
         if self.training and not recomputing():
             self.observe(vectors.detach(), codes)
-        chosen = self.lookup(codes)
-        error = F.mse_loss(vectors, chosen.detach())
-        # beta * |z - sg(e)|^2 as a mean over elements (equation 3).
-        losses = {"commitment": self.commitment_weight * error, **self.codebook_losses(vectors, chosen)}
+        chosen = F.embedding(codes, codebook.detach())
+        commitment, to_latents = attraction(vectors, codebook, codes, chosen)
+        # beta * |z - sg(e)|^2 and |sg(z) - e|^2 as means over elements (equation 3).
+        losses = {"commitment": self.commitment_weight * commitment}
+        if codebook.requires_grad:
+            losses["codebook"] = to_latents
+        error = commitment.detach()
         if self.entropy_weight and self.training:
-            losses["entropy"] = self.entropy_weight * self._entropy_loss(vectors, error.detach())
+            losses["entropy"] = self.entropy_weight * self._entropy_loss(vectors, codebook, error)
         quantized = GRADIENTS[self.gradient](vectors, chosen).view(B, *grid, -1).movedim(-1, 1)
-        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error.detach()})
+        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error})
 
-    def codebook_losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """The terms that move the codebook by gradient."""
-        return {}
-
-    def _entropy_loss(self, vectors: Tensor, error: Tensor) -> Tensor:
+    def _entropy_loss(self, vectors: Tensor, codebook: Tensor, error: Tensor) -> Tensor:
         temperature = self.entropy_temperature * self.code_dim * mean_over_processes(error)
-        sample, batch = assignment_entropies(vectors, self.active_codebook(), temperature.clamp(min=1e-12))
+        sample, batch = assignment_entropies(vectors, codebook, temperature.clamp(min=1e-12))
         return sample - batch
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -181,7 +186,9 @@ class CodebookQuantizer(Quantizer):
             self.set_codes(torch.arange(size, device=latents.device), centres)
 
     def anneal(self, progress: float) -> None:
-        """Set beta and, for a codebook that grows, the size: geometric from the first to the last."""
+        """Set beta, what counts as little use, and the size of a codebook that grows: geometric from first to last."""
+        # Not to the end: the decoder has to get to know the codes that moved.
+        self._revive_share = self.revive_below * progress if progress < _REVIVE_UNTIL else None
         if self.final_commitment_weight is not None:
             first, last = self.first_commitment_weight, self.final_commitment_weight
             self.commitment_weight = first + (last - first) * progress
@@ -198,18 +205,18 @@ class CodebookQuantizer(Quantizer):
         self.learn(counts, step)
         self.recent_counts.add_(counts)
         # The check reads numbers back from the device: once in revive_after steps, not in every one.
-        if self.revive_after and (step + 1) % self.revive_after == 0:
-            self._revive(step)
+        if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
+            self._revive(self._revive_share, step)
         if self.initial_vocab_size and self._target_size > self.active_size:
             self._grow(step)
         self._vectors = self._counts = None
 
-    def _revive(self, step: int) -> None:
+    def _revive(self, share: float, step: int) -> None:
         recent = self.recent_counts[: self.active_size]
         mean = recent.mean()
         if mean < _LEAST_MEAN_COUNT:
             return
-        little_used = (recent <= self.revive_below * mean).nonzero().squeeze(1)
+        little_used = (recent <= share * mean).nonzero().squeeze(1)
         self.set_codes(little_used, self._random_latents(len(little_used), step))
         self.recent_counts.zero_()
 

@@ -56,5 +56,5 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
         return tensor[index]
     local = index - process_index() * len(tensor)
     mine = (local >= 0) & (local < len(tensor))
-    rows = tensor[local.clamp(0, len(tensor) - 1)] * mine.unsqueeze(1)
-    return sum_over_processes(rows)
+    rows = tensor[local.clamp(0, len(tensor) - 1)]
+    return sum_over_processes(torch.where(mine.unsqueeze(1), rows, 0))

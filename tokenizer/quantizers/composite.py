@@ -26,7 +26,7 @@ class CompositeQuantizer(Quantizer):
         super().__init__(dim, first.vocab_size, code_dim)
         self.inner = nn.ModuleList(inner)
         self.stochastic = first.stochastic
-        self.num_start_vectors = first.num_start_vectors
+        self.num_start_vectors = max(self.num_start_vectors, first.num_start_vectors)
 
     @property
     def first(self) -> Quantizer:

@@ -83,7 +83,7 @@ class CVQ(VectorQuantizer):
         if self.anchor == "closest":
             return _closest(self._normalised(codes), vectors)
         total = len(vectors) * num_processes()
-        rows = integer(mix(step, torch.arange(min(SAMPLE_SIZE, total), device=index.device)), 0, total)
+        rows = mix(torch.arange(total, device=index.device), step).argsort()[:SAMPLE_SIZE]
         draws = uniform(mix(index, step), 1)
         return _draw_near(self._normalised(codes), take_rows(vectors, rows), draws)
 

@@ -1,38 +1,29 @@
-"""Entropies of soft assignments to a codebook, in blocks that the backward pass recomputes."""
+"""Soft assignments to a codebook and their entropies, in blocks that the backward pass computes again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from tokenizer.quantizers.collectives import mean_over_processes
 
-BLOCK_ELEMENTS = 1 << 19
-"""Probabilities in a block; a backward pass holds a handful of tensors of this size."""
-
-
-def blocks(vectors: Tensor, vocab_size: int) -> Iterator[Tensor]:
-    """Slices `(rows, D)` of vectors `(N, D)` whose N x K tensors are small."""
-    yield from vectors.split(max(16, BLOCK_ELEMENTS // vocab_size) * (16 if vectors.is_cuda else 1))
+BLOCK_ELEMENTS = 1 << 20
+"""Probabilities in a block: a few buffers of 4 MiB of float32, made once and used again for each block."""
 
 
 def entropy(probabilities: Tensor) -> Tensor:
     """-sum p log p over the last axis, in nats."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    # The gradient of p log p at 0 is infinite: its logarithm stops at the smallest normal number.
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return -(probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
 
-def entropies_of_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over rows of the entropies, a scalar, and of the probabilities, `(K,)`, of logits `(rows, K)`."""
-    log_p = F.log_softmax(logits, dim=1)
-    p = log_p.exp()
-    return -(p * log_p).sum(), p.sum(0)
-
-
-def assignment_entropies(vectors: Tensor, codebook: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def assignment_entropies(vectors: Tensor, codebook: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
     """E[H(p)] and H(E[p]) in nats for p = softmax over codes of -|x - e|^2 / temperature.
 
     The second is over all vectors of all processes in this micro-batch.
@@ -40,17 +31,91 @@ def assignment_entropies(vectors: Tensor, codebook: Tensor, temperature: Tensor)
     Args:
         vectors: `(N, D)` float32.
         codebook: `(K, D)` float32.
-        temperature: a scalar.
+        temperature: a number, or a scalar tensor without a gradient.
+    """
+    # |x|^2 is the same for all codes and cancels: -|x - e|^2 / t has the differences of (x e - |e|^2 / 2) / (t / 2).
+    _, sample, total = _SoftAssignment.apply(vectors, codebook, codebook.square().sum(1) / 2, temperature / 2, None)
+    return sample / len(vectors), entropy(mean_over_processes(total / len(vectors)))
+
+
+def index_backpropagation(
+    vectors: Tensor, codebook: Tensor, offsets: Tensor, codes: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h + p - sg(p)) C `(N, D)`, and E[H(q)] and H(E[q]).
+
+    With logits x C^T - offsets, h is the one-hot of `codes`, p their softmax, q that of logits / temperature. The
+    value is that of `C[codes]`; p has a gradient, but not the C that it is multiplied with.
+
+    Args:
+        vectors: x, `(N, D)` float32.
+        codebook: C, `(K, D)` float32.
+        offsets: `(K,)` float32.
+        codes: `(N,)` int64.
+        temperature: of the entropies.
+    """
+    chosen, sample, total = _SoftAssignment.apply(vectors, codebook, offsets, temperature, codes)
+    return chosen, sample / len(vectors), entropy(mean_over_processes(total / len(vectors)))
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """With logits L = x C^T - offsets: the chosen codes, the sum of entropies of softmax(L / t), and its sum over rows.
+
+    Where codes are given, the gradient of the first also passes through softmax(L).
     """
 
-    def block(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        # |x|^2 is the same for all codes and cancels.
-        return entropies_of_logits(
-            torch.addmm(codebook.square().sum(1).neg(), rows, codebook.t(), alpha=2) / temperature
-        )
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: Tensor, codebook: Tensor, offsets: Tensor, temperature: Tensor | float, codes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        temperature = torch.as_tensor(temperature, device=vectors.device)
+        ctx.save_for_backward(vectors, codebook, offsets, temperature, codes)
+        chosen = vectors.new_empty(0) if codes is None else F.embedding(codes, codebook)
+        sample, total = vectors.new_zeros(()), vectors.new_zeros(len(codebook))
+        for block, (logits, p, log_p) in _blocks(vectors, len(codebook), 3):
+            torch.addmm(offsets, vectors[block], codebook.t(), beta=-1, out=logits)
+            torch.log_softmax(logits.div_(temperature), 1, out=log_p)
+            torch.exp(log_p, out=p)
+            total += p.sum(0)
+            sample -= torch.linalg.vecdot(p, log_p).sum()
+        return chosen, sample, total
 
-    sample, total = vectors.new_zeros(()), vectors.new_zeros(len(codebook))
-    for rows in blocks(vectors, len(codebook)):
-        entropies, probabilities = checkpoint(block, rows, codebook, use_reentrant=False, preserve_rng_state=False)
-        sample, total = sample + entropies, total + probabilities
-    return sample / len(vectors), entropy(mean_over_processes(total / len(vectors)))
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_chosen: Tensor, grad_sample: Tensor, grad_total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        vectors, codebook, offsets, temperature, codes = ctx.saved_tensors
+        grad_vectors, grad_codebook = torch.empty_like(vectors), torch.zeros_like(codebook)
+        grad_offsets = torch.zeros_like(offsets)
+        if codes is not None:
+            grad_codebook.index_add_(0, codes, grad_chosen)
+        for block, (logits, p, grad, through_p) in _blocks(vectors, len(codebook), 4):
+            torch.addmm(offsets, vectors[block], codebook.t(), beta=-1, out=logits)
+            if codes is not None:
+                torch.mm(grad_chosen[block], codebook.t(), out=through_p)
+                _softmax_backward_(through_p, torch.softmax(logits, 1, out=p))
+            # The gradient of q = softmax(L / t), from its entropies and its sum, is g_total - g_sample log q.
+            torch.log_softmax(logits.div_(temperature), 1, out=grad)
+            torch.exp(grad, out=p)
+            _softmax_backward_(grad.mul_(-grad_sample).add_(grad_total), p)
+            grad.div_(temperature)
+            if codes is not None:
+                grad.add_(through_p)
+            torch.mm(grad, codebook, out=grad_vectors[block])
+            grad_codebook.addmm_(grad.t(), vectors[block])
+            grad_offsets -= grad.sum(0)
+        return grad_vectors, grad_codebook, grad_offsets, None, None
+
+
+def _softmax_backward_(grad: Tensor, p: Tensor) -> None:
+    """Turn the gradient of p = softmax(L) `(rows, K)` into that of L, in place: p (g - sum p g)."""
+    grad.sub_(torch.linalg.vecdot(grad, p).unsqueeze(1)).mul_(p)
+
+
+def _blocks(vectors: Tensor, vocab_size: int, num_buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the rows of vectors, and buffers `(rows, K)` for each, the same memory every time."""
+    rows = min(len(vectors), max(16, BLOCK_ELEMENTS // vocab_size) * (16 if vectors.is_cuda else 1))
+    buffers = [vectors.new_empty(rows, vocab_size) for _ in range(num_buffers)]
+    for start in range(0, len(vectors), rows):
+        size = min(rows, len(vectors) - start)
+        yield slice(start, start + size), [buffer[:size] for buffer in buffers]

@@ -12,7 +12,8 @@ from configs.validation import Range, checked
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
 from tokenizer.quantizers.gradients import straight_through
 
-Levels = list[Annotated[int, Range(2, 1 << 16)]]
+# The bound's margin of 1e-3 is half a level from 1,001 levels on; with 2, it puts the threshold at -3.8.
+Levels = list[Annotated[int, Range(3, 1000)]]
 
 
 class FSQ(Quantizer):

@@ -23,6 +23,8 @@ class GumbelQuantizer(Quantizer):
 
     Args:
         vocab_size: K, codes in the codebook.
+        code_dim: channels of the codebook and of the logits' input, by a linear projection each way; by default those
+            of the latents.
         straight_through: quantize to one code and pass the softmax's gradient; false mixes codes by the softmax
             (relaxed), as DALL-E does.
         temperature: of the softmax at the start of training.

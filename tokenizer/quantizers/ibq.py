@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from configs.validation import Range, checked
 from tokenizer.quantizers.base import QuantizerOutput, recomputing
 from tokenizer.quantizers.codebook import Weight
-from tokenizer.quantizers.collectives import mean_over_processes
-from tokenizer.quantizers.entropy import blocks, entropies_of_logits, entropy
+from tokenizer.quantizers.entropy import index_backpropagation
+from tokenizer.quantizers.gradients import attraction
 from tokenizer.quantizers.search import largest_products, nearest_codes
 from tokenizer.quantizers.vq import VectorQuantizer
 
@@ -66,35 +64,16 @@ class IBQ(VectorQuantizer):
         codes = search(vectors.detach(), codebook.detach())
         if self.training and not recomputing():
             self.observe(vectors.detach(), codes)
-        chosen = F.embedding(codes, codebook)
-        quantized, losses = chosen, {}
+        chosen = F.embedding(codes, codebook.detach())
+        commitment, to_latents = attraction(vectors, codebook, codes, chosen)
+        losses = {"commitment": self.commitment_weight * commitment, "codebook": self.codebook_weight * to_latents}
+        quantized = chosen
         if self.training:
-            soft, sample, batch = self._soft_codes(vectors, codebook)
-            quantized = chosen + (soft - soft.detach())
+            offsets = codebook.new_zeros(len(codebook)) if self.dot else codebook.square().sum(1) / 2
+            quantized, sample, batch = index_backpropagation(
+                vectors, codebook, offsets, codes, self.entropy_temperature
+            )
+            losses["double_quantization"] = F.mse_loss(quantized, vectors)
             losses["entropy"] = self.entropy_weight * (sample - batch)
-        error = F.mse_loss(vectors, chosen.detach())
-        losses |= {
-            "double_quantization": F.mse_loss(quantized, vectors),
-            "commitment": self.commitment_weight * error,
-            "codebook": self.codebook_weight * F.mse_loss(chosen, vectors.detach()),
-        }
         quantized = quantized.view(B, *grid, -1).movedim(-1, 1)
-        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error.detach()})
-
-    def _soft_codes(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p C `(N, D)` with no gradient to this C, E[H(p)] and H(E[p])."""
-
-        def block(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logits = rows @ codebook.t()
-            if not self.dot:
-                logits = logits - codebook.square().sum(1) / 2
-            soft = logits.softmax(1) @ codebook.detach()
-            return soft, *entropies_of_logits(logits / self.entropy_temperature)
-
-        parts, sample, total = [], vectors.new_zeros(()), vectors.new_zeros(len(codebook))
-        for rows in blocks(vectors, len(codebook)):
-            soft, entropies, p = checkpoint(block, rows, codebook, use_reentrant=False, preserve_rng_state=False)
-            parts.append(soft)
-            sample, total = sample + entropies, total + p
-        N = len(vectors)
-        return torch.cat(parts), sample / N, entropy(mean_over_processes(total / N))
+        return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": commitment.detach()})

@@ -31,9 +31,11 @@ class MultiscaleQuantizer(CompositeQuantizer):
 
     At each scale the rest is shrunk by area, quantized, enlarged (bicubic on a 2-D grid), and passed through
     phi(h) = (1 - r) h + r conv(h), before it is added. The convolutions are partially shared: scales that are near
-    each other use the same one. The commitment and codebook terms are those of the sum up to each scale, as means over
-    scales, with the inner quantizer's weights; its entropy terms stay its own. fsq, lfq and bsq work on a scale that
-    falls to their level_scale at the finest grid.
+    each other use the same one. fsq, lfq and bsq work on a scale that falls to their level_scale at the finest grid.
+
+    Where the inner quantizer is a code vector behind a gradient estimator, the commitment and codebook terms are those
+    of the sum up to each scale, as means over scales, with the inner commitment weight; other terms, and those of other
+    inner quantizers, stay their own. Little-used codes are revived onto what the finest grid quantizes.
 
     Args:
         quantizer: the inner quantizer: name, then its options; one code a position.
@@ -80,6 +82,11 @@ class MultiscaleQuantizer(CompositeQuantizer):
             )
         known = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50, 64, 80, 101, 128)
         scales = self.scales or [*(side for side in known if side < longest), longest]
+        if len(scales) < len(self.convolutions):
+            raise ValueError(
+                f"{len(self.convolutions)} convolutions for {len(scales)} scales, {scales}: some would never be "
+                f"trained; give quantizer.num_convolutions={len(scales)}"
+            )
         return [tuple(max(1, math.ceil(side * scale / longest)) for side in grid) for scale in scales]
 
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
@@ -93,7 +100,8 @@ class MultiscaleQuantizer(CompositeQuantizer):
         share = k / max(1, len(grids) - 1)
         num = len(self.convolutions)
         # The convolution whose centre 1 / (3 n) ... 1 - 1 / (3 n) is nearest to this scale's place in the pyramid.
-        centres = [1 / (3 * num) + (1 - 2 / (3 * num)) * i / max(1, num - 1) for i in range(num)]
+        first, last = 1 / 3 / num, 1 - 1 / 3 / num
+        centres = [*(i * ((last - first) / max(1, num - 1)) + first for i in range(num - 1)), last]
         conv = self.convolutions[min(range(num), key=lambda i: abs(centres[i] - share))]
         if quantized.shape[2:] != grids[-1]:
             mode = _UPSAMPLING[self.grid_dims]
@@ -107,7 +115,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
         rest, total, outputs, terms = latents, torch.zeros_like(latents), [], []
         for k, grid in enumerate(grids):
             scale = self._scale(k, len(grids))
-            small = F.interpolate(rest.detach() if inner.estimator else rest, size=grid, mode="area")
+            small = F.interpolate(rest, size=grid, mode="area")
             output = inner.quantize(small / scale, level_seeds(seeds, k))
             # With an estimator, gradients reach the codebook and phi through the sum's own terms below.
             vectors = inner.embed(output.codes) if inner.estimator else output.quantized
@@ -116,13 +124,14 @@ class MultiscaleQuantizer(CompositeQuantizer):
             terms.append((F.mse_loss(latents, total.detach()), F.mse_loss(total, latents.detach())))
             outputs.append(output)
         losses, metrics = mean_of(outputs)
-        commitment, codebook = (torch.stack(term).mean() for term in zip(*terms, strict=True))
-        losses["commitment"] = commitment * getattr(inner, "commitment_weight", 0.0)
-        losses["codebook"] = codebook
         metrics["quantization_error"] = terms[-1][0].detach()
         if inner.estimator:
+            commitment, codebook = (torch.stack(term).mean() for term in zip(*terms, strict=True))
+            losses["commitment"] = commitment * getattr(inner, "commitment_weight", 0.0)
+            losses["codebook"] = codebook
             total = inner.estimator(latents.movedim(1, -1), total.movedim(1, -1)).movedim(-1, 1)
-        codes = torch.cat([output.codes.flatten(1) for output in outputs], 1)
+        parts = [output.codes for output in outputs]
+        codes = parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
         return QuantizerOutput(total, codes, losses, metrics)
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -139,7 +148,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
 
     def start(self, latents: Tensor) -> None:
         """Start the codebook from the rests at all scales that its own first start leaves."""
-        if not self.num_start_vectors:
+        if not self.first.num_start_vectors:
             return
         self.first.start(latents)
         grids = self.grids(tuple(latents.shape[2:]))

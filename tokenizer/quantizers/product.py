@@ -32,7 +32,8 @@ class ProductQuantizer(CompositeQuantizer):
     ) -> None:
         group_dim = max(1, dim // depth)
         code_dim = build_inner(quantizer, group_dim).code_dim
-        if code_dim == group_dim and dim % depth:
+        takes_any_dim = build_inner(quantizer, group_dim + 1).code_dim != code_dim
+        if takes_any_dim and dim % depth:
             raise ValueError(f"the latents' {dim} channels do not divide into depth={depth} groups; choose a divisor")
         inner = [build_inner(quantizer, code_dim) for _ in range(depth)]
         super().__init__(dim, inner, depth * code_dim)

@@ -33,7 +33,8 @@ class ResidualQuantizer(CompositeQuantizer):
     Args:
         quantizer: the inner quantizer: name, then its options; one code a position.
         depth: levels.
-        shared: one codebook for all levels, as in the paper, instead of one each.
+        shared: one codebook for all levels, as in the paper, instead of one each. Its little-used codes are revived
+            onto what the last level quantizes.
         quantizer_dropout: share of training images that are decoded from a random number of levels only (Zeghidour et
             al. 2021); their other levels learn all the same.
     """
@@ -92,7 +93,7 @@ class ResidualQuantizer(CompositeQuantizer):
 
     def start(self, latents: Tensor) -> None:
         """Start level by level; a shared codebook, from the residuals that its own first start leaves."""
-        if not self.num_start_vectors:
+        if not self.first.num_start_vectors:
             return
         residual, residuals = latents, []
         for i, scale in enumerate(self.scales):

@@ -40,7 +40,8 @@ def _search(vectors: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     # the argmin over groups, then the one inside the group. The last group is filled up with infinite scores.
     group = min(512, 1 << math.ceil(math.log2(K) / 2))
     padding = -K % group
-    codebook, bias = F.pad(codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=math.inf)
+    if padding:
+        codebook, bias = F.pad(codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=math.inf)
     rows = min(len(vectors), max(16, BLOCK_ELEMENTS // len(codebook)) * (16 if vectors.is_cuda else 1))
     scores = vectors.new_empty(rows, len(codebook))
     smallest = vectors.new_empty(rows, len(codebook) // group)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.validation import CountOrZero, checked
 from tokenizer.quantizers.codebook import CodebookQuantizer, CodebookStart
+from tokenizer.quantizers.collectives import from_first_process
 
 
 class SimVQ(CodebookQuantizer):
@@ -39,10 +40,8 @@ class SimVQ(CodebookQuantizer):
     def active_codebook(self) -> Tensor:
         return self._normalised(self.projection(self.codebook[: self.active_size]))
 
-    def codebook_losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        return {"codebook": F.mse_loss(chosen, vectors.detach())}
-
     @torch.no_grad()
     def set_codes(self, index: Tensor, vectors: Tensor) -> None:
         """Choose rows of C so that C W are the vectors."""
-        self.codebook[index] = torch.linalg.lstsq(self.projection.weight, vectors.t()).solution.t()
+        rows = torch.linalg.lstsq(self.projection.weight, vectors.t()).solution.t()
+        self.codebook[index] = from_first_process(rows.contiguous())

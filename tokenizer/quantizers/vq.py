@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.quantizers.codebook import CodebookQuantizer
@@ -22,9 +21,6 @@ class VectorQuantizer(CodebookQuantizer):
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
         self.codebook = nn.Parameter(self.draw_codebook())
-
-    def codebook_losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        return {"codebook": F.mse_loss(chosen, vectors.detach())}
 
     @torch.no_grad()
     def set_codes(self, index: Tensor, vectors: Tensor) -> None:
