@@ -54,11 +54,18 @@ def field_docs(cls: type) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+            source = inspect.getsource(base)
         except (OSError, TypeError):
             continue
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, doc in itertools.pairwise(statements):
+        docs |= _docs_in_source(source)
+    return docs
+
+
+@functools.cache
+def _docs_in_source(source: str) -> dict[str, str]:
+    body, docs = ast.parse(textwrap.dedent(source)).body[0], {}
+    if isinstance(body, ast.ClassDef):
+        for field, doc in itertools.pairwise(body.body):
             match field, doc:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     docs[name] = " ".join(text.split())

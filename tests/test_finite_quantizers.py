@@ -32,8 +32,9 @@ def gradient(loss: Tensor, latents: Tensor) -> Tensor:
     return torch.autograd.grad(loss, latents, retain_graph=True)[0]
 
 
-def fsq(levels: list[int]) -> Quantizer:
-    return build_quantizer({"name": "fsq", "levels": levels}, len(levels))
+def fsq(levels: list[int], entropy_weight: float = 0.0) -> Quantizer:
+    """The paper's, without the entropy term unless it is asked for."""
+    return build_quantizer({"name": "fsq", "levels": levels, "entropy_weight": entropy_weight}, len(levels))
 
 
 def published_fsq(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,13 +100,57 @@ def test_every_level_of_fsq_is_reached_and_no_other_value(num_levels):
     assert output.quantized.abs().max() == 1
 
 
-@pytest.mark.parametrize("num_levels", [1002, 1003, 1101, 4096])
-def test_a_channel_of_fsq_with_very_many_levels_stays_within_them(num_levels):
-    quantizer = fsq([num_levels, 3])
-    output = quantizer(torch.tensor([[[-50.0, 50.0], [0.0, 0.0]]]))
-    assert output.quantized.abs().max() <= 1
-    assert output.codes.max() < quantizer.vocab_size
-    assert torch.equal(quantizer.decode(output.codes), output.quantized)
+@pytest.mark.parametrize("num_levels", [2, 1001])
+def test_levels_that_the_bound_of_fsq_cannot_give_are_refused(num_levels):
+    with pytest.raises(ValueError, match=rf"levels\[1\] should be integer from 3 to 1000, got {num_levels}"):
+        fsq([5, num_levels])
+
+
+def fsq_assignments(bounded: Tensor, levels: list[int]) -> list[Tensor]:
+    """Each channel's softmax over its levels of the squared distance, `(N, L_i)` float64."""
+    grids = [torch.arange(L, dtype=torch.float64) - L // 2 for L in levels]
+    return [(-(z[:, None] - grid).square()).softmax(1) for z, grid in zip(bounded.unbind(1), grids, strict=True)]
+
+
+@pytest.mark.parametrize("levels", [[5, 3], [8, 6, 5], [4, 4, 4, 4]], ids=str)
+def test_the_entropy_term_of_fsq_equals_enumeration_of_all_codes(levels):
+    quantizer = fsq(levels, entropy_weight=0.3)
+    latents = torch.randn(2, len(levels), 11, requires_grad=True)
+    loss = quantizer(latents).losses["entropy"]
+    z = rows(latents).requires_grad_()
+    joint = torch.ones(len(z), 1, dtype=torch.float64)
+    for p in fsq_assignments(quantizer.bound(z), levels):
+        joint = (joint[:, :, None] * p[:, None]).flatten(1)  # (N, K)
+    expected = 0.3 * (entropy(joint).mean() - entropy(joint.mean(0)))
+    assert_near(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_near(rows(gradient(loss, latents)), gradient(expected, z), rtol=1e-4, atol=1e-6)
+
+
+def test_the_entropy_term_of_a_large_fsq_takes_groups_of_channels_as_independent():
+    levels = [16, 16, 16, 8, 8]
+    quantizer = fsq(levels, entropy_weight=1.0)
+    latents = torch.randn(1, 5, 40)
+    first, second = [16, 16, 16], [8, 8]
+    parts = [fsq([*first], entropy_weight=1.0)(latents[:, :3]), fsq(second, entropy_weight=1.0)(latents[:, 3:])]
+    expected = sum(part.losses["entropy"] for part in parts)
+    assert_near(quantizer(latents).losses["entropy"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_projection_of_bits_starts_as_principal_components_of_variance_one():
+    for num_bits in (3, 6, 9):
+        quantizer = build_quantizer({"name": "lfq", "num_bits": num_bits}, 6 if num_bits != 6 else 7)
+        mixing = torch.randn(quantizer.dim, quantizer.dim)
+        latents = (torch.randn(50, 40, quantizer.dim) @ mixing + 3).movedim(-1, 1)  # (B, D, length)
+        quantizer.initialize(latents)
+        projected = quantizer.project_in(latents.movedim(1, -1)).flatten(0, 1)
+        assert_near(projected.mean(0), torch.zeros(num_bits), rtol=0, atol=1e-4)
+        assert_near(projected.var(0, correction=0), torch.ones(num_bits), rtol=0, atol=0.5 if num_bits == 9 else 1e-3)
+        if num_bits <= quantizer.dim:
+            covariance = projected.t() @ projected / len(projected)
+            assert_near(covariance, torch.eye(num_bits), rtol=0, atol=1e-3)
+        else:
+            back = quantizer.project_out(quantizer.project_in(latents.movedim(1, -1)))
+            assert_near(back, latents.movedim(1, -1), rtol=1e-3, atol=1e-3)
 
 
 def bit_quantizer(name: str, num_bits: int, **options: Any) -> Quantizer:

@@ -98,7 +98,7 @@ def test_a_value_out_of_range_inside_a_wrapper_is_refused_too(name):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_quantizer_of_several_codes_a_position_is_refused_inside_a_wrapper(name, inner):
     with pytest.raises(ValueError, match="the quantizer inside should give one code a position"):
-        build_quantizer({"name": name, "quantizer": inner}, 4)
+        build_quantizer({"name": name, "quantizer": inner}, 64)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from configs.layout import CodeLayout
-from tokenizer.quantizers.projection import NUM_START_VECTORS, start_projection
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Quantizer(nn.Module, ABC):
     num_codebooks: int = 1
     estimator: Callable[[Tensor, Tensor], Tensor] | None = None
     level_scale: float = 1.0
-    num_start_vectors: int
+    num_start_vectors: int = 0
     stochastic: bool = False
 
     def __init__(self, dim: int, vocab_size: int, code_dim: int | None = None) -> None:
@@ -83,7 +82,6 @@ class Quantizer(nn.Module, ABC):
         projected = self.code_dim != dim
         self.project_in = nn.Linear(dim, self.code_dim, dtype=torch.float32) if projected else nn.Identity()
         self.project_out = nn.Linear(self.code_dim, dim, dtype=torch.float32) if projected else nn.Identity()
-        self.num_start_vectors = NUM_START_VECTORS if projected else 0
 
     @property
     def active_size(self) -> int:
@@ -127,12 +125,9 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def initialize(self, latents: Tensor) -> None:
-        """Start projection and codebook from latents `(B, D, *grid)` of several batches and all processes."""
-        latents = latents.float()
+        """Start the codebook from latents `(B, D, *grid)` of several batches and all processes."""
         with float32_only(latents.device.type):
-            if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
-                start_projection(self.project_in, self.project_out, latents.movedim(1, -1).flatten(0, -2))
-            self.start(_channels_last(self.project_in, latents))
+            self.start(_channels_last(self.project_in, latents.float()))
 
     @abstractmethod
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:

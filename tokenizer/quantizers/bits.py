@@ -6,12 +6,12 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.validation import Range, checked
-from tokenizer.quantizers.base import Quantizer
-from tokenizer.quantizers.collectives import mean_over_processes
-from tokenizer.quantizers.entropy import entropy
+from tokenizer.quantizers.base import Quantizer, float32_only
+from tokenizer.quantizers.entropy import joint_entropy
+from tokenizer.quantizers.projection import NUM_START_VECTORS, start_projection
 
 Weight = Annotated[float, Range(0, 100)]
 
@@ -27,21 +27,14 @@ def bit_entropies(logits: Tensor, group_bits: int) -> tuple[Tensor, Tensor]:
         logits: `(N, n)` float32, log odds of each bit.
         group_bits: bits of a group; a group's 2^group_bits probabilities are one matrix product of halves.
     """
-    per_bit = F.softplus(logits) - logits * logits.sigmoid()
-    batch = logits.new_zeros(())
+    ones = logits.sigmoid()
+    per_bit = F.softplus(logits) - logits * ones
     num_groups = -(-logits.shape[1] // group_bits)
-    for group in logits.tensor_split(num_groups, dim=1):
-        left, right = (_joint(half) for half in group.tensor_split(2, dim=1))
-        batch = batch + entropy(mean_over_processes(left.t() @ right / len(logits)).flatten())
-    return per_bit.sum(1).mean(), batch
-
-
-def _joint(logits: Tensor) -> Tensor:
-    """Probabilities `(N, 2^n)` of all combinations of n independent bits with logits `(N, n)`."""
-    joint = logits.new_ones(len(logits), 1)
-    for one in logits.sigmoid().unbind(1):
-        joint = torch.cat([joint * (1 - one).unsqueeze(1), joint * one.unsqueeze(1)], dim=1)
-    return joint
+    groups = [
+        joint_entropy([torch.stack([1 - one, one], 1) for one in group.unbind(1)])
+        for group in ones.tensor_split(num_groups, dim=1)
+    ]
+    return per_bit.sum(1).mean(), torch.stack(groups).sum()
 
 
 class BitQuantizer(Quantizer):
@@ -64,8 +57,8 @@ class BitQuantizer(Quantizer):
         dim: int,
         *,
         num_bits: Annotated[int, Range(1, 24)] = 10,
-        commitment_weight: Weight = 0.25,
-        entropy_weight: Weight = 0.1,
+        commitment_weight: Weight = 0.01,
+        entropy_weight: Weight = 0.01,
         entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
         diversity_weight: Weight = 1.0,
     ) -> None:
@@ -76,7 +69,16 @@ class BitQuantizer(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.diversity_weight = diversity_weight
         self.level_scale = 0.5
+        self.num_start_vectors = NUM_START_VECTORS if self.code_dim != dim else 0
         self.register_buffer("bit_values", torch.tensor([1 << i for i in reversed(range(num_bits))]))
+
+    @torch.no_grad()
+    def initialize(self, latents: Tensor) -> None:
+        """Start the projection, where there is one, from the principal components of latents `(B, D, *grid)`."""
+        if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
+            with float32_only(latents.device.type):
+                vectors = latents.movedim(1, -1).flatten(0, -2).float()
+                start_projection(self.project_in, self.project_out, vectors)
 
     def pack(self, signs: Tensor) -> Tensor:
         """Codes `(...)` int64 of the channels `(..., n)` that are positive."""

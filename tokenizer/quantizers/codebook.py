@@ -61,6 +61,7 @@ class CodebookQuantizer(Quantizer):
         grow_until: share of the training by which a growing codebook has all codes.
     """
 
+    learns_by_gradient: ClassVar[bool] = True
     codebook: Tensor
     recent_counts: Tensor
     num_active: Tensor
@@ -102,7 +103,7 @@ class CodebookQuantizer(Quantizer):
         self.initial_vocab_size = initial_vocab_size
         self.grow_until = grow_until
         if codebook_start == "kmeans":
-            self.num_start_vectors = max(self.num_start_vectors, start_vectors(initial_vocab_size or vocab_size))
+            self.num_start_vectors = start_vectors(initial_vocab_size or vocab_size)
         self.register_buffer("recent_counts", torch.zeros(vocab_size, dtype=torch.float32))
         if initial_vocab_size:
             self.register_buffer("num_active", torch.tensor(initial_vocab_size))
@@ -156,7 +157,7 @@ class CodebookQuantizer(Quantizer):
         commitment, to_latents = attraction(vectors, codebook, codes, chosen)
         # beta * |z - sg(e)|^2 and |sg(z) - e|^2 as means over elements (equation 3).
         losses = {"commitment": self.commitment_weight * commitment}
-        if codebook.requires_grad:
+        if self.learns_by_gradient:
             losses["codebook"] = to_latents
         error = commitment.detach()
         if self.entropy_weight and self.training:

@@ -21,12 +21,10 @@ class CompositeQuantizer(Quantizer):
 
     def __init__(self, dim: int, inner: list[Quantizer], code_dim: int) -> None:
         first = inner[0]
-        if first.code_layout((1,)).shape != (1,):
-            raise ValueError(f"the quantizer inside should give one code a position, {type(first).__name__} gives more")
         super().__init__(dim, first.vocab_size, code_dim)
         self.inner = nn.ModuleList(inner)
         self.stochastic = first.stochastic
-        self.num_start_vectors = max(self.num_start_vectors, first.num_start_vectors)
+        self.num_start_vectors = first.num_start_vectors
 
     @property
     def first(self) -> Quantizer:
@@ -54,10 +52,16 @@ class CompositeQuantizer(Quantizer):
 
 def build_inner(options: Mapping[str, Any], dim: int) -> Quantizer:
     """A fresh inner quantizer for latents of `dim` channels."""
-    from tokenizer.quantizers import build_quantizer  # the table imports the wrappers
+    from tokenizer.quantizers import QUANTIZERS, build_quantizer  # the table imports the wrappers
 
     if "name" not in options:
         raise ValueError(f"the quantizer inside needs a name, got {dict(options)}; give quantizer.quantizer.name=")
+    if issubclass(QUANTIZERS.get(options["name"], Quantizer), CompositeQuantizer):
+        plain = sorted(name for name, cls in QUANTIZERS.items() if not issubclass(cls, CompositeQuantizer))
+        raise ValueError(
+            f"the quantizer inside should give one code a position, but {options['name']} wraps others itself; "
+            f"choose one of {', '.join(plain)}"
+        )
     return build_quantizer(options, dim)
 
 

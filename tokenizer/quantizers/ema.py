@@ -23,6 +23,7 @@ class EMAQuantizer(CodebookQuantizer):
         epsilon: Laplace smoothing of the counts, so that a code that nobody chose does not divide by zero.
     """
 
+    learns_by_gradient = False
     cluster_size: Tensor
     embedding_sum: Tensor
     bookkeeping: ClassVar[frozenset[str]] = CodebookQuantizer.bookkeeping | {"cluster_size", "embedding_sum"}

@@ -1,8 +1,11 @@
-"""Soft assignments to a codebook and their entropies, in blocks that the backward pass computes again."""
+"""Entropies of soft assignments to codes, without a table of N vectors times K codes.
+
+For a codebook, in blocks that the backward pass computes again; for codes made of independent channels, by factors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenizer.quantizers.base import float32_only
 from tokenizer.quantizers.collectives import mean_over_processes
 
 BLOCK_ELEMENTS = 1 << 20
@@ -21,6 +25,25 @@ def entropy(probabilities: Tensor) -> Tensor:
     # The gradient of p log p at 0 is infinite: its logarithm stops at the smallest normal number.
     tiny = torch.finfo(probabilities.dtype).tiny
     return -(probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
+
+
+def joint_entropy(channels: Sequence[Tensor]) -> Tensor:
+    """H(E[p]) in nats for p the product of independent channels' distributions, `(N, L_i)` each.
+
+    Exact, by one matrix product: the mean over vectors of all combinations of the first half of the channels with all
+    of the second. It is over all vectors of all processes in this micro-batch.
+    """
+    middle = len(channels) // 2
+    left, right = _combinations(channels[:middle], channels[0]), _combinations(channels[middle:], channels[0])
+    return entropy(mean_over_processes(left.t() @ right / len(left)).flatten())
+
+
+def _combinations(channels: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Probabilities `(N, product of L_i)` of all combinations; `(N, 1)` ones for no channel."""
+    joint = like.new_ones(len(like), 1)
+    for channel in channels:
+        joint = (joint.unsqueeze(2) * channel.unsqueeze(1)).flatten(1)
+    return joint
 
 
 def assignment_entropies(vectors: Tensor, codebook: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -89,21 +112,22 @@ class _SoftAssignment(torch.autograd.Function):
         grad_offsets = torch.zeros_like(offsets)
         if codes is not None:
             grad_codebook.index_add_(0, codes, grad_chosen)
-        for block, (logits, p, grad, through_p) in _blocks(vectors, len(codebook), 4):
-            torch.addmm(offsets, vectors[block], codebook.t(), beta=-1, out=logits)
-            if codes is not None:
-                torch.mm(grad_chosen[block], codebook.t(), out=through_p)
-                _softmax_backward_(through_p, torch.softmax(logits, 1, out=p))
-            # The gradient of q = softmax(L / t), from its entropies and its sum, is g_total - g_sample log q.
-            torch.log_softmax(logits.div_(temperature), 1, out=grad)
-            torch.exp(grad, out=p)
-            _softmax_backward_(grad.mul_(-grad_sample).add_(grad_total), p)
-            grad.div_(temperature)
-            if codes is not None:
-                grad.add_(through_p)
-            torch.mm(grad, codebook, out=grad_vectors[block])
-            grad_codebook.addmm_(grad.t(), vectors[block])
-            grad_offsets -= grad.sum(0)
+        with float32_only(vectors.device.type):
+            for block, (logits, p, grad, through_p) in _blocks(vectors, len(codebook), 4):
+                torch.addmm(offsets, vectors[block], codebook.t(), beta=-1, out=logits)
+                if codes is not None:
+                    torch.mm(grad_chosen[block], codebook.t(), out=through_p)
+                    _softmax_backward_(through_p, torch.softmax(logits, 1, out=p))
+                # The gradient of q = softmax(L / t), from its entropies and its sum, is g_total - g_sample log q.
+                torch.log_softmax(logits.div_(temperature), 1, out=grad)
+                torch.exp(grad, out=p)
+                _softmax_backward_(grad.mul_(-grad_sample).add_(grad_total), p)
+                grad.div_(temperature)
+                if codes is not None:
+                    grad.add_(through_p)
+                torch.mm(grad, codebook, out=grad_vectors[block])
+                grad_codebook.addmm_(grad.t(), vectors[block])
+                grad_offsets -= grad.sum(0)
         return grad_vectors, grad_codebook, grad_offsets, None, None
 
 

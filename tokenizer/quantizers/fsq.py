@@ -6,11 +6,15 @@ import math
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.validation import Range, checked
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
+from tokenizer.quantizers.entropy import joint_entropy
 from tokenizer.quantizers.gradients import straight_through
+
+_GROUP_CODES = 4096
 
 # The bound's margin of 1e-3 is half a level from 1,001 levels on; with 2, it puts the threshold at -3.8.
 Levels = list[Annotated[int, Range(3, 1000)]]
@@ -19,25 +23,36 @@ Levels = list[Annotated[int, Range(3, 1000)]]
 class FSQ(Quantizer):
     """Rounds each channel to one of `levels[i]` values in [-1, 1]; all combinations are the codes.
 
-    There is no codebook to learn and no loss. The gradient passes straight through the rounding, and through the tanh
-    that bounds a channel.
+    There is no codebook to learn. The gradient passes straight through the rounding, and through the tanh that bounds a
+    channel. The paper has no loss either; the entropy term here keeps the corners of a large vocabulary in use.
 
     Args:
         levels: values of each channel; their product is the vocabulary. The paper's: [8, 6, 5] for 2^8, [8, 5, 5, 5]
             for 2^10, [7, 5, 5, 5, 5] for 2^12, [8, 8, 8, 6, 5] for 2^14, [8, 8, 8, 5, 5, 5] for 2^16.
+        entropy_weight: weight of E[H(p)] - H(E[p]), which asks for sure choices and even use; p is, in each channel, a
+            softmax over levels of the squared distance, in units of a level. H(E[p]) is exact for groups of channels
+            with up to 4,096 combinations, which are taken as independent of each other; 0 is the paper's.
     """
 
     levels: Tensor
     strides: Tensor
 
     @checked
-    def __init__(self, dim: int, *, levels: Levels = [8, 5, 5, 5]) -> None:  # noqa: B006
+    def __init__(
+        self,
+        dim: int,
+        *,
+        levels: Levels = [8, 5, 5, 5],  # noqa: B006
+        entropy_weight: Annotated[float, Range(0, 100)] = 0.01,
+    ) -> None:
         if not levels:
             raise ValueError("levels should be a list of integers, one a channel, got an empty one")
         super().__init__(dim, math.prod(levels), len(levels))
         self.register_buffer("levels", torch.tensor(levels))
         strides = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("strides", torch.tensor(strides))
+        self.entropy_weight = entropy_weight
+        self._sizes = list(levels)  # as Python numbers, which no device has to be waited for
         self.level_scale = 1 / (math.prod(levels) ** (1 / len(levels)) - 1)
 
     def bound(self, vectors: Tensor) -> Tensor:
@@ -52,7 +67,24 @@ class FSQ(Quantizer):
         rounded = bounded.detach().round()
         codes = ((rounded + self.levels // 2).long() * self.strides).sum(-1)
         quantized = straight_through(bounded, rounded) / (self.levels // 2)
-        return QuantizerOutput(quantized.movedim(-1, 1), codes)
+        losses = {}
+        if self.entropy_weight and self.training:
+            losses["entropy"] = self.entropy_weight * self._entropy_loss(bounded.flatten(0, -2))
+        return QuantizerOutput(quantized.movedim(-1, 1), codes, losses)
+
+    def _entropy_loss(self, bounded: Tensor) -> Tensor:
+        channels, sample = [], bounded.new_zeros(())
+        for size, values in zip(self._sizes, bounded.unbind(1), strict=True):
+            levels = torch.arange(size, device=bounded.device) - size // 2
+            log_p = F.log_softmax(-(values.unsqueeze(1) - levels).square(), dim=1)
+            channels.append(log_p.exp())
+            sample = sample - (channels[-1] * log_p).sum(1).mean()
+        groups: list[list[Tensor]] = [[]]
+        for channel in channels:
+            if groups[-1] and math.prod(c.shape[1] for c in [*groups[-1], channel]) > _GROUP_CODES:
+                groups.append([])
+            groups[-1].append(channel)
+        return sample - torch.stack([joint_entropy(group) for group in groups]).sum()
 
     def embed(self, codes: Tensor) -> Tensor:
         digits = codes.unsqueeze(-1) // self.strides % self.levels  # (B, *grid, len(levels))
@@ -60,4 +92,6 @@ class FSQ(Quantizer):
         return ((digits - half) / half).float().movedim(-1, 1)
 
     def collapse_advice(self) -> str:
-        return "quantizer.levels= with fewer levels or channels"
+        return (
+            f"a larger quantizer.entropy_weight= (it is {self.entropy_weight}), or quantizer.levels= with fewer levels"
+        )

@@ -148,7 +148,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
 
     def start(self, latents: Tensor) -> None:
         """Start the codebook from the rests at all scales that its own first start leaves."""
-        if not self.first.num_start_vectors:
+        if not self.num_start_vectors:
             return
         self.first.start(latents)
         grids = self.grids(tuple(latents.shape[2:]))

@@ -17,7 +17,8 @@ NUM_START_VECTORS = 1 << 14
 def start_projection(project_in: nn.Linear, project_out: nn.Linear, vectors: Tensor) -> None:
     """Let a projection start as the latents' principal components, each scaled to variance 1, and back.
 
-    So every channel that is looked up, rounded or reduced to its sign varies from the first step on, by itself.
+    So the sign of every channel is even and by itself from the first step on. It is for signs only, which have no
+    scale: bounded channels would leave their range after a few steps, so much do small components grow.
 
     Args:
         project_in: from D to code_dim channels.

@@ -93,7 +93,7 @@ class ResidualQuantizer(CompositeQuantizer):
 
     def start(self, latents: Tensor) -> None:
         """Start level by level; a shared codebook, from the residuals that its own first start leaves."""
-        if not self.first.num_start_vectors:
+        if not self.num_start_vectors:
             return
         residual, residuals = latents, []
         for i, scale in enumerate(self.scales):

@@ -42,7 +42,7 @@ def _search(vectors: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     padding = -K % group
     if padding:
         codebook, bias = F.pad(codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=math.inf)
-    rows = min(len(vectors), max(16, BLOCK_ELEMENTS // len(codebook)) * (16 if vectors.is_cuda else 1))
+    rows = min(max(1, len(vectors)), max(16, BLOCK_ELEMENTS // len(codebook)) * (16 if vectors.is_cuda else 1))
     scores = vectors.new_empty(rows, len(codebook))
     smallest = vectors.new_empty(rows, len(codebook) // group)
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
