@@ -138,7 +138,7 @@ REVIVAL = {
     for name, options in CODEBOOKS.items()
 } | {
     f"revival-{name}": Case(options, latents_for(options))
-    for name, options in composites(revive_after=2, revive_below=0.5).items()
+    for name, options in composites(revive_after=2, revive_below=1.0).items()
 }
 REVIVAL |= {
     f"revival-{name}-micro-batches": Case(options | {"revive_after": 1}, SOME_UNUSED, micro_batches=2, at_points=True)
@@ -193,8 +193,8 @@ START_OF_OTHERS = {
 }
 
 FEW_SCALES = {
-    f"multiscale-{inner['name']}-of-fewer-scales-than-convolutions": Case(
-        {"name": "multiscale", "scales": [1, 2, 4], "quantizer": inner}, on_a_square
+    f"multiscale-{inner['name']}-of-as-many-scales-as-convolutions": Case(
+        {"name": "multiscale", "scales": [1, 2, 4], "num_convolutions": 3, "quantizer": inner}, on_a_square
     )
     for inner in (EMA, VQ)
 }

@@ -6,7 +6,6 @@ import math
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.validation import Range, checked
@@ -14,7 +13,7 @@ from tokenizer.quantizers.base import Quantizer, QuantizerOutput
 from tokenizer.quantizers.entropy import joint_entropy
 from tokenizer.quantizers.gradients import straight_through
 
-_GROUP_CODES = 4096
+_GROUP_CODES = 8192
 
 # The bound's margin of 1e-3 is half a level from 1,001 levels on; with 2, it puts the threshold at -3.8.
 Levels = list[Annotated[int, Range(3, 1000)]]
@@ -29,9 +28,9 @@ class FSQ(Quantizer):
     Args:
         levels: values of each channel; their product is the vocabulary. The paper's: [8, 6, 5] for 2^8, [8, 5, 5, 5]
             for 2^10, [7, 5, 5, 5, 5] for 2^12, [8, 8, 8, 6, 5] for 2^14, [8, 8, 8, 5, 5, 5] for 2^16.
-        entropy_weight: weight of E[H(p)] - H(E[p]), which asks for sure choices and even use; p is, in each channel, a
-            softmax over levels of the squared distance, in units of a level. H(E[p]) is exact for groups of channels
-            with up to 4,096 combinations, which are taken as independent of each other; 0 is the paper's.
+        entropy_weight: weight of log K - H(E[p]), which asks for even use; p is, in each channel, a softmax over levels
+            of the squared distance, in units of a level. It is exact for groups of channels with up to 8,192
+            combinations, which are taken as independent of each other; 0 is the paper's.
     """
 
     levels: Tensor
@@ -43,7 +42,7 @@ class FSQ(Quantizer):
         dim: int,
         *,
         levels: Levels = [8, 5, 5, 5],  # noqa: B006
-        entropy_weight: Annotated[float, Range(0, 100)] = 0.01,
+        entropy_weight: Annotated[float, Range(0, 100)] = 0.003,
     ) -> None:
         if not levels:
             raise ValueError("levels should be a list of integers, one a channel, got an empty one")
@@ -69,22 +68,18 @@ class FSQ(Quantizer):
         quantized = straight_through(bounded, rounded) / (self.levels // 2)
         losses = {}
         if self.entropy_weight and self.training:
-            losses["entropy"] = self.entropy_weight * self._entropy_loss(bounded.flatten(0, -2))
+            losses["entropy"] = self.entropy_weight * self._unevenness(bounded.flatten(0, -2))
         return QuantizerOutput(quantized.movedim(-1, 1), codes, losses)
 
-    def _entropy_loss(self, bounded: Tensor) -> Tensor:
-        channels, sample = [], bounded.new_zeros(())
-        for size, values in zip(self._sizes, bounded.unbind(1), strict=True):
-            levels = torch.arange(size, device=bounded.device) - size // 2
-            log_p = F.log_softmax(-(values.unsqueeze(1) - levels).square(), dim=1)
-            channels.append(log_p.exp())
-            sample = sample - (channels[-1] * log_p).sum(1).mean()
+    def _unevenness(self, bounded: Tensor) -> Tensor:
+        """log K - H(E[p]) in nats of bounded vectors `(N, len(levels))`: how far the codes' use is from even."""
         groups: list[list[Tensor]] = [[]]
-        for channel in channels:
-            if groups[-1] and math.prod(c.shape[1] for c in [*groups[-1], channel]) > _GROUP_CODES:
+        for size, values in zip(self._sizes, bounded.unbind(1), strict=True):
+            if groups[-1] and math.prod(p.shape[1] for p in groups[-1]) * size > _GROUP_CODES:
                 groups.append([])
-            groups[-1].append(channel)
-        return sample - torch.stack([joint_entropy(group) for group in groups]).sum()
+            levels = torch.arange(size, device=bounded.device) - size // 2
+            groups[-1].append((-(values.unsqueeze(1) - levels).square()).softmax(1))
+        return math.log(self.vocab_size) - torch.stack([joint_entropy(group) for group in groups]).sum()
 
     def embed(self, codes: Tensor) -> Tensor:
         digits = codes.unsqueeze(-1) // self.strides % self.levels  # (B, *grid, len(levels))

@@ -25,7 +25,7 @@ class LFQ(BitQuantizer):
         self,
         dim: int,
         *,
-        entropy_group_bits: Annotated[int, Range(1, 16)] = 12,
+        entropy_group_bits: Annotated[int, Range(1, 16)] = 14,
         gradient: Gradient = "straight_through",
         **options: Any,
     ) -> None:
