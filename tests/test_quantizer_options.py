@@ -138,7 +138,7 @@ DEFAULTS = {
     "ema": {"vocab_size": "512", "revive_after": "50", "entropy_weight": "0.0", "decay": "0.99"},
     "vq": {"commitment_weight": "0.25", "gradient": "straight_through", "codebook_start": "kmeans"},
     "cvq": {"revive_after": "0", "anchor": "closest", "decay": "0.99", "commitment_weight": "0.25"},
-    "ibq": {"entropy_weight": "0.05", "commitment_weight": "1.0", "distance": "dot", "revive_after": "50"},
+    "ibq": {"entropy_weight": "0.01", "commitment_weight": "0.05", "distance": "euclidean", "revive_after": "50"},
     "simvq": {"codebook_start": "kmeans", "vocab_size": "512", "revive_after": "50"},
     "lfq": {"num_bits": "10", "entropy_weight": "0.01", "entropy_group_bits": "14"},
     "bsq": {"num_bits": "10", "gradient": "straight_through", "diversity_weight": "1.0"},

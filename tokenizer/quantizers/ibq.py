@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.validation import Range, checked
 from tokenizer.quantizers.base import QuantizerOutput, recomputing
-from tokenizer.quantizers.codebook import Weight
+from tokenizer.quantizers.codebook import CodebookStart, Weight
 from tokenizer.quantizers.entropy import index_backpropagation
 from tokenizer.quantizers.gradients import attraction
 from tokenizer.quantizers.search import largest_products, nearest_codes
@@ -17,15 +17,22 @@ from tokenizer.quantizers.vq import VectorQuantizer
 
 
 class IBQ(VectorQuantizer):
-    """Chooses the code with the largest dot product, and passes gradients to the whole codebook by its softmax.
+    """Passes gradients to the whole codebook by the softmax of its products with the latents.
 
     With p = softmax(z C^T) and h the one-hot of its largest entry, z_q = (h + p - sg(p)) C (Shi et al. 2024,
     equations 5 to 7). The N x K probabilities exist in blocks, which the backward pass computes again.
 
+    The paper's are `distance: dot` and weights of 1 (commitment and double quantization), 0.25 (codebook) and 0.05
+    (entropy), beside perceptual and adversarial terms; beside a mean squared error alone, those let the codebook
+    collapse, so the defaults are smaller.
+
     Args:
-        distance: dot is the paper's; euclidean subtracts |e|^2 / 2 from the products, cosine normalises both sides.
+        distance: dot is the paper's; euclidean subtracts |e|^2 / 2 from the products, so that the largest is the
+            nearest; cosine normalises both sides.
+        codebook_start: kmeans, normal or uniform. Codes far apart make the softmax decided enough to give gradients.
         commitment_weight: weight of |z - sg(e)|^2.
-        codebook_weight: weight of |sg(z) - e|^2; |z - z_q|^2, the double quantization term, has weight 1.
+        codebook_weight: weight of |sg(z) - e|^2.
+        double_quantization_weight: weight of |z - z_q|^2.
         entropy_weight: weight of E[H(p)] - H(E[p]).
         entropy_temperature: the products are divided by it for the entropies.
     """
@@ -35,10 +42,12 @@ class IBQ(VectorQuantizer):
         self,
         dim: int,
         *,
-        distance: Literal["dot", "euclidean", "cosine"] = "dot",
-        commitment_weight: Weight = 1.0,
-        codebook_weight: Weight = 0.25,
-        entropy_weight: Weight = 0.05,
+        distance: Literal["dot", "euclidean", "cosine"] = "euclidean",
+        codebook_start: CodebookStart = "normal",
+        commitment_weight: Weight = 0.05,
+        codebook_weight: Weight = 0.01,
+        double_quantization_weight: Weight = 0.05,
+        entropy_weight: Weight = 0.01,
         entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
         **options: Any,
     ) -> None:
@@ -47,6 +56,7 @@ class IBQ(VectorQuantizer):
         super().__init__(
             dim,
             distance="cosine" if distance == "cosine" else "euclidean",
+            codebook_start=codebook_start,
             commitment_weight=commitment_weight,
             entropy_weight=entropy_weight,
             entropy_temperature=entropy_temperature,
@@ -54,6 +64,7 @@ class IBQ(VectorQuantizer):
         )
         self.dot = distance == "dot"
         self.codebook_weight = codebook_weight
+        self.double_quantization_weight = double_quantization_weight
         self.estimator = None
 
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
@@ -73,7 +84,7 @@ class IBQ(VectorQuantizer):
             quantized, sample, batch = index_backpropagation(
                 vectors, codebook, offsets, codes, self.entropy_temperature
             )
-            losses["double_quantization"] = F.mse_loss(quantized, vectors)
+            losses["double_quantization"] = self.double_quantization_weight * F.mse_loss(quantized, vectors)
             losses["entropy"] = self.entropy_weight * (sample - batch)
         quantized = quantized.view(B, *grid, -1).movedim(-1, 1)
         return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": commitment.detach()})
