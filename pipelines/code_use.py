@@ -1,7 +1,8 @@
-"""Which codes a training run uses: figures for its log, and a word of warning where the codebook collapses."""
+"""Which codes are in use: figures for a log or a split, and a word of warning where the codebook collapses."""
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -13,23 +14,25 @@ LEAST_PERPLEXITY = 0.1
 
 
 class CodeUse:
-    """Counts the codes of training batches between two logging steps, over all processes."""
+    """Counts the codes of batches over all processes, between two logging steps or over a split."""
 
     def __init__(self, quantizer: Quantizer, accelerator: Accelerator) -> None:
         self.quantizer = quantizer
         self.accelerator = accelerator
-        self._counts: Tensor | None = None
+        self._counts = self._no_counts()
+
+    def _no_counts(self) -> Tensor:
+        shape = (self.quantizer.num_codebooks, self.quantizer.vocab_size)
+        return torch.zeros(shape, dtype=torch.int64, device=self.accelerator.device)
 
     def add(self, codes: Tensor) -> None:
         """Count the codes of a micro-batch; the counts stay on the device until `take`."""
-        counts = metrics.count_codes(codes, self.quantizer.vocab_size, self.quantizer.num_codebooks)
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        self._counts += metrics.count_codes(codes, self.quantizer.vocab_size, self.quantizer.num_codebooks)
 
     def take(self) -> tuple[dict[str, float], str | None]:
         """Figures since the last call, codebook_usage and codebook_perplexity, and a warning where they are bad."""
-        assert self._counts is not None
         counts = self.accelerator.reduce(self._counts, "sum").cpu()
-        self._counts = None
+        self._counts = self._no_counts()
         figures = {"codebook_usage": metrics.usage(counts), "codebook_perplexity": metrics.perplexity(counts)}
         return figures, collapse_warning(self.quantizer, counts)
 

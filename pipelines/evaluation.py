@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.schema import EvaluationConfig
 from pipelines import metrics
 from pipelines.code_data import load_code_info, load_code_tensor
+from pipelines.code_use import CodeUse
 from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator
 from pipelines.image_data import ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import load_source
@@ -49,8 +50,7 @@ def evaluate_tokenizer(
     """
     was_training = tokenizer.training
     tokenizer.eval()
-    quantizer = tokenizer.quantizer
-    counts = torch.zeros(quantizer.num_codebooks, quantizer.vocab_size, dtype=torch.int64, device=accelerator.device)
+    code_use = CodeUse(tokenizer.quantizer, accelerator)
     sums = torch.zeros(4, dtype=_precise(accelerator.device), device=accelerator.device)  # psnr, l1, l2, images
     batches = share_of_process(in_order(len(dataset), batch_size)[:max_batches], accelerator)
     for batch in image_batches(dataset, batches, accelerator.device, num_workers):
@@ -64,16 +64,15 @@ def evaluate_tokenizer(
             torch.tensor(len(batch.images), device=accelerator.device),
         ]
         sums += torch.stack([value.to(sums.dtype) for value in values])
-        counts += metrics.count_codes(output.codes, quantizer.vocab_size, quantizer.num_codebooks)
+        code_use.add(output.codes)
     tokenizer.train(was_training)
     psnr, l1, l2, num_images = accelerator.reduce(sums, "sum").tolist()
-    counts = accelerator.reduce(counts, "sum").cpu()
+    figures_of_codes, _ = code_use.take()
     return {
         "psnr_db": psnr / num_images,
         "l1": l1 / num_images,
         "l2": l2 / num_images,
-        "codebook_usage": metrics.usage(counts),
-        "codebook_perplexity": metrics.perplexity(counts),
+        **figures_of_codes,
     }
 
 

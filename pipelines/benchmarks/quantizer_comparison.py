@@ -15,7 +15,7 @@ from configs.schema import TokenizerTrainingConfig
 from configs.validation import Count, Schema, did_you_mean
 from pipelines.tokenizer_training import train_tokenizer
 from tokenizer import ImageTokenizer
-from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
+from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerOutput
 
 PEER = "vector-quantize-pytorch"
 
@@ -99,22 +99,20 @@ def compare_quantizers(config: ComparisonConfig) -> str:
 
 
 def _train_row(config: ComparisonConfig, row: str) -> str:
-    quantizer = ROWS[row]
     if row == PEER:
         # Only here: it is a contestant, not something to build a tokenizer from.
         QUANTIZERS[PEER] = PeerEMA
     folder = Path(config.output_dir) / row.replace(", ", "-").replace(" ", "-")
     given = [f"data.dataset={config.dataset}", f"steps={config.steps}", f"output_dir={folder}", *config.overrides]
     training = load_config(TokenizerTrainingConfig, config.config, given)
-    training.quantizer = quantizer
+    training.quantizer = ROWS[row]
     train_tokenizer(training)
     result = json.loads((folder / "result.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speed = [line["images_per_second"] for line in log if line["split"] == "train"][-1]
     layout = ImageTokenizer.from_pretrained(folder).code_layout
     bits = layout.bits / math.prod(layout.grids[-1].shape)
-    vocab_size = build_quantizer(quantizer, training.model.get("latent_dim", 64)).vocab_size
     return (
         f"| {row} | {layout} | {bits:.3g} | {result['psnr_db']:.2f} dB | {result['codebook_perplexity']:.0f} of "
-        f"{vocab_size} | {result['codebook_usage']:.1%} | {speed:,.0f} |"
+        f"{layout.vocab_size} | {result['codebook_usage']:.1%} | {speed:,.0f} |"
     )

@@ -21,7 +21,7 @@ from tokenizer.quantizers.collectives import (
 )
 from tokenizer.quantizers.entropy import assignment_entropies
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
-from tokenizer.quantizers.kmeans import kmeans, start_vectors
+from tokenizer.quantizers.kmeans import count, kmeans, start_vectors
 from tokenizer.quantizers.search import nearest_codes
 
 _LEAST_MEAN_COUNT = 4
@@ -150,10 +150,7 @@ class CodebookQuantizer(Quantizer):
         B, _, *grid = latents.shape
         vectors = self.to_vectors(latents)  # (N, D)
         codebook = self.active_codebook()  # (K, D)
-        codes = nearest_codes(vectors.detach(), codebook.detach())
-        if self.training and not recomputing():
-            self.observe(vectors.detach(), codes)
-        chosen = F.embedding(codes, codebook.detach())
+        codes, chosen = self.choose(vectors.detach(), codebook.detach())
         commitment, to_latents = attraction(vectors, codebook, codes, chosen)
         # beta * |z - sg(e)|^2 and |sg(z) - e|^2 as means over elements (equation 3).
         losses = {"commitment": self.commitment_weight * commitment}
@@ -165,6 +162,17 @@ class CodebookQuantizer(Quantizer):
         quantized = GRADIENTS[self.gradient](vectors, chosen).view(B, *grid, -1).movedim(-1, 1)
         return QuantizerOutput(quantized, codes.view(B, *grid), losses, {"quantization_error": error})
 
+    def choose(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes `(N,)` of vectors `(N, D)`, remembered in training, and the codes' vectors `(N, D)`."""
+        codes = self.search(vectors, codebook)
+        if self.training and not recomputing():
+            self.observe(vectors, codes)
+        return codes, F.embedding(codes, codebook)
+
+    def search(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        """The code `(N,)` of each of vectors `(N, D)` in a codebook `(K, D)`."""
+        return nearest_codes(vectors, codebook)
+
     def _entropy_loss(self, vectors: Tensor, codebook: Tensor, error: Tensor) -> Tensor:
         temperature = self.entropy_temperature * self.code_dim * mean_over_processes(error)
         sample, batch = assignment_entropies(vectors, codebook, temperature.clamp(min=1e-12))
@@ -175,7 +183,7 @@ class CodebookQuantizer(Quantizer):
 
     def observe(self, vectors: Tensor, codes: Tensor) -> None:
         """Remember what a training forward pass quantized, for `update`."""
-        counts = vectors.new_zeros(self.vocab_size).index_add_(0, codes, vectors.new_ones(len(codes)))
+        counts = count(codes, self.vocab_size)
         self._counts = counts if self._counts is None else self._counts.add_(counts)
         self._vectors = vectors
 

@@ -82,10 +82,8 @@ class CVQ(VectorQuantizer):
             return self.pool[index]
         if self.anchor == "closest":
             return _closest(self._normalised(codes), vectors)
-        total = len(vectors) * num_processes()
-        rows = mix(torch.arange(total, device=index.device), step).argsort()[:SAMPLE_SIZE]
-        draws = uniform(mix(index, step), 1)
-        return _draw_near(self._normalised(codes), take_rows(vectors, rows), draws)
+        sample = self._random_latents(min(SAMPLE_SIZE, len(vectors) * num_processes()), step)
+        return _draw_near(self._normalised(codes), sample, uniform(mix(index, step), 1))
 
     def _fill_pool(self, vectors: Tensor, step: int) -> None:
         """Put latents of the global batch into all slots of the pool, or into random ones where there are fewer."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.validation import Range, checked
-from tokenizer.quantizers.base import QuantizerOutput, recomputing
+from configs.validation import checked
+from tokenizer.quantizers.base import QuantizerOutput
 from tokenizer.quantizers.codebook import CodebookStart, Weight
 from tokenizer.quantizers.entropy import index_backpropagation
 from tokenizer.quantizers.gradients import attraction
-from tokenizer.quantizers.search import largest_products, nearest_codes
+from tokenizer.quantizers.search import largest_products
 from tokenizer.quantizers.vq import VectorQuantizer
 
 
@@ -48,7 +48,6 @@ class IBQ(VectorQuantizer):
         codebook_weight: Weight = 0.01,
         double_quantization_weight: Weight = 0.05,
         entropy_weight: Weight = 0.01,
-        entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
         **options: Any,
     ) -> None:
         if options.get("gradient", "straight_through") != "straight_through":
@@ -59,7 +58,6 @@ class IBQ(VectorQuantizer):
             codebook_start=codebook_start,
             commitment_weight=commitment_weight,
             entropy_weight=entropy_weight,
-            entropy_temperature=entropy_temperature,
             **options,
         )
         self.dot = distance == "dot"
@@ -67,15 +65,14 @@ class IBQ(VectorQuantizer):
         self.double_quantization_weight = double_quantization_weight
         self.estimator = None
 
+    def search(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        return largest_products(vectors, codebook) if self.dot else super().search(vectors, codebook)
+
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
         """Replace each vector by the code with the largest product."""
         B, _, *grid = latents.shape
         vectors, codebook = self.to_vectors(latents), self.active_codebook()
-        search = largest_products if self.dot else nearest_codes
-        codes = search(vectors.detach(), codebook.detach())
-        if self.training and not recomputing():
-            self.observe(vectors.detach(), codes)
-        chosen = F.embedding(codes, codebook.detach())
+        codes, chosen = self.choose(vectors.detach(), codebook.detach())
         commitment, to_latents = attraction(vectors, codebook, codes, chosen)
         losses = {"commitment": self.commitment_weight * commitment, "codebook": self.codebook_weight * to_latents}
         quantized = chosen

@@ -42,11 +42,17 @@ def kmeans(vectors: Tensor, num_clusters: int, num_iterations: int = 10) -> Tens
 
 
 @torch.no_grad()
+def count(codes: Tensor, vocab_size: int) -> Tensor:
+    """How often each code occurs in codes `(N,)`, `(K,)` float32."""
+    # Not bincount, which makes a GPU wait to learn the largest code.
+    ones = torch.ones(len(codes), dtype=torch.float32, device=codes.device)
+    return ones.new_zeros(vocab_size).index_add_(0, codes, ones)
+
+
+@torch.no_grad()
 def count_and_sum(vectors: Tensor, codes: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """How many vectors each code has, `(K,)`, and their sum, `(K, D)`, both float32."""
-    # Not bincount, which makes a GPU wait to learn the largest code.
-    counts = vectors.new_zeros(vocab_size).index_add_(0, codes, vectors.new_ones(len(codes)))
-    return counts, vectors.new_zeros(vocab_size, vectors.shape[1]).index_add_(0, codes, vectors)
+    return count(codes, vocab_size), vectors.new_zeros(vocab_size, vectors.shape[1]).index_add_(0, codes, vectors)
 
 
 def _spread_rows(vectors: Tensor, count: int) -> Tensor:

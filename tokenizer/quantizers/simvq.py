@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.validation import CountOrZero, checked
-from tokenizer.quantizers.codebook import CodebookQuantizer, CodebookStart
+from tokenizer.quantizers.codebook import CodebookQuantizer
 from tokenizer.quantizers.collectives import from_first_process
 
 
@@ -25,11 +24,8 @@ class SimVQ(CodebookQuantizer):
 
     codebook: Tensor
 
-    @checked
-    def __init__(
-        self, dim: int, *, codebook_start: CodebookStart = "kmeans", revive_after: CountOrZero = 50, **options: Any
-    ) -> None:
-        super().__init__(dim, codebook_start=codebook_start, revive_after=revive_after, **options)
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
         self.register_buffer("codebook", self.draw_codebook())
         self.projection = nn.Linear(self.code_dim, self.code_dim, bias=False, dtype=torch.float32)
         nn.init.eye_(self.projection.weight)
