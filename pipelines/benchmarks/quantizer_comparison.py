@@ -6,20 +6,24 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 from torch import Tensor
 
 from configs.loading import load_config
 from configs.schema import TokenizerTrainingConfig
 from configs.validation import Count, Schema, did_you_mean
+from pipelines.benchmarks.harness import alternate
+from pipelines.benchmarks.training_speed import tokenizer_step
+from pipelines.devices import default_device
 from pipelines.tokenizer_training import train_tokenizer
 from tokenizer import ImageTokenizer
 from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerOutput
 
 PEER = "vector-quantize-pytorch"
 
-ROWS: dict[str, dict[str, Any]] = {
+TEN_BITS: dict[str, dict[str, Any]] = {
     PEER: {"name": PEER, "vocab_size": 1024},
     "ema": {"name": "ema", "vocab_size": 1024},
     "vq": {"name": "vq", "vocab_size": 1024},
@@ -37,6 +41,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "multiscale": {"name": "multiscale", "quantizer": {"name": "vq", "vocab_size": 1024}},
 }
 """Quantizers of 10 bits a position, multiscale apart, which has several grids."""
+
+ALIVE: dict[str, dict[str, Any]] = {
+    "ema, 512 codes": {"name": "ema", "vocab_size": 512},
+    "ema, 8192 codes": {"name": "ema", "vocab_size": 8192},
+    "cvq, 512 codes": {"name": "cvq", "vocab_size": 512},
+    "cvq, 8192 codes": {"name": "cvq", "vocab_size": 8192},
+    "simvq, 512 codes": {"name": "simvq", "vocab_size": 512},
+    "simvq, 8192 codes": {"name": "simvq", "vocab_size": 8192},
+    "fsq, 512 codes": {"name": "fsq", "levels": [8, 8, 8]},
+    "fsq, 8192 codes": {"name": "fsq", "levels": [8, 8, 8, 4, 4]},
+    "lfq, 512 codes": {"name": "lfq", "num_bits": 9},
+    "lfq, 8192 codes": {"name": "lfq", "num_bits": 13},
+}
+"""Whether codes stay in use where nothing but the size of the vocabulary is chosen."""
+
+TABLES = {"ten_bits": TEN_BITS, "alive": ALIVE}
 
 
 class PeerEMA(Quantizer):
@@ -66,7 +86,10 @@ class PeerEMA(Quantizer):
 
 @dataclass
 class ComparisonConfig(Schema):
-    """Train a tokenizer with each quantizer and print what came of it; a finished row is not trained again."""
+    """Train a tokenizer with each quantizer and print what came of it; a finished row is not trained again.
+
+    images/s is measured afterwards, with steps of all rows taking turns in one process.
+    """
 
     dataset: str
     """The images, as data.dataset= of the training."""
@@ -78,41 +101,49 @@ class ComparisonConfig(Schema):
     """Optimizer steps of each."""
     output_dir: str = "runs/comparison"
     """A run folder for each row is made in here."""
-    rows: list[str] = field(default_factory=lambda: list(ROWS))
-    """Which rows of the table."""
+    table: Literal["ten_bits", "alive"] = "ten_bits"
+    """All quantizers at 10 bits a position, or the use of small and large vocabularies."""
+    rows: list[str] | None = None
+    """Which rows of the table; by default all."""
 
     def validate(self) -> None:
-        for row in self.rows:
-            if row not in ROWS:
-                raise ValueError(did_you_mean(row, ROWS, "row"))
+        for row in self.rows or []:
+            if row not in TABLES[self.table]:
+                raise ValueError(did_you_mean(row, TABLES[self.table], "row"))
 
 
 def compare_quantizers(config: ComparisonConfig) -> str:
     """Train each row's tokenizer; returns and prints a Markdown table."""
+    # Only here: it is a contestant, not something to build a tokenizer from.
+    QUANTIZERS[PEER] = PeerEMA
+    trainings = {row: _training(config, row) for row in config.rows or TABLES[config.table]}
+    for training in trainings.values():
+        train_tokenizer(training)
+    times = alternate({row: tokenizer_step(training) for row, training in trainings.items()}, default_device())
     lines = [
         "| quantizer | codes | bits a position | PSNR | perplexity | codes in use | images/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    table = "\n".join([*lines, *(_train_row(config, row) for row in config.rows)])
+    for row, training in trainings.items():
+        lines.append(f"{_figures(row, Path(training.output_dir))} {training.batch_size / median(times[row]):,.0f} |")
+    table = "\n".join(lines)
     print(table)
     return table
 
 
-def _train_row(config: ComparisonConfig, row: str) -> str:
-    if row == PEER:
-        # Only here: it is a contestant, not something to build a tokenizer from.
-        QUANTIZERS[PEER] = PeerEMA
+def _training(config: ComparisonConfig, row: str) -> TokenizerTrainingConfig:
     folder = Path(config.output_dir) / row.replace(", ", "-").replace(" ", "-")
     given = [f"data.dataset={config.dataset}", f"steps={config.steps}", f"output_dir={folder}", *config.overrides]
     training = load_config(TokenizerTrainingConfig, config.config, given)
-    training.quantizer = ROWS[row]
-    train_tokenizer(training)
+    training.quantizer = TABLES[config.table][row]
+    return training
+
+
+def _figures(row: str, folder: Path) -> str:
     result = json.loads((folder / "result.json").read_text())
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speed = [line["images_per_second"] for line in log if line["split"] == "train"][-1]
     layout = ImageTokenizer.from_pretrained(folder).code_layout
     bits = layout.bits / math.prod(layout.grids[-1].shape)
     return (
         f"| {row} | {layout} | {bits:.3g} | {result['psnr_db']:.2f} dB | {result['codebook_perplexity']:.0f} of "
-        f"{layout.vocab_size} | {result['codebook_usage']:.1%} | {speed:,.0f} |"
+        f"{layout.vocab_size} | {result['codebook_usage']:.1%} |"
     )
