@@ -11,6 +11,7 @@ from tokenizer.quantizers import Quantizer
 
 LEAST_PERPLEXITY = 0.1
 """Share of the codes below which a perplexity counts as collapse."""
+_LEAST_CHOICES = 100
 
 
 class CodeUse:
@@ -40,12 +41,14 @@ class CodeUse:
 def collapse_warning(quantizer: Quantizer, counts: Tensor) -> str | None:
     """What to tell a user whose codes were chosen this often, `(num_codebooks, K)`; None where all is well.
 
-    Fewer choices than codes say nothing.
+    The codebook that does worst decides. Fewer choices than codes are held against their own number, if there are 100.
     """
-    perplexity, size = metrics.perplexity(counts), quantizer.active_size
-    if perplexity >= LEAST_PERPLEXITY * size or counts.sum() < quantizer.num_codebooks * size:
+    size, choices = quantizer.active_size, int(counts.sum()) / quantizer.num_codebooks
+    perplexity = min(metrics.perplexity(each) for each in counts.split(1))
+    if choices < min(size, _LEAST_CHOICES) or perplexity >= LEAST_PERPLEXITY * min(size, choices):
         return None
     return (
         f"the codebook is collapsing: a perplexity of {perplexity:.1f} is below {LEAST_PERPLEXITY:.0%} of the "
-        f"{size:,} codes; try {quantizer.collapse_advice()}"
+        + (f"{size:,} codes" if choices >= size else f"{choices:,.0f} choices since the last such figure")
+        + f"; try {quantizer.collapse_advice()}"
     )

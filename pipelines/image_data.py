@@ -19,6 +19,9 @@ from tqdm import tqdm
 from configs.random_streams import mix, uniform
 from configs.schema import DataConfig, ImagePreprocessing, SourceConfig
 
+_AUGMENTATION = -2
+"""The stream of an image's crop and flip, apart from what models draw from the same seeds."""
+
 
 @dataclass
 class ImageBatch:
@@ -167,19 +170,20 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch | ValueError:
         rows = torch.tensor([row for row, _ in items])
         seeds = mix(self.seed, torch.tensor([position for _, position in items]))
+        draws = mix(seeds, _AUGMENTATION)
         if self.pixels is not None:
             images = self.pixels[rows]
         else:
             crops = [(0.5, 0.5)] * len(items)
             if self.random_crop:
-                crops = list(zip(uniform(seeds, 0).tolist(), uniform(seeds, 1).tolist(), strict=True))
+                crops = list(zip(uniform(draws, 0).tolist(), uniform(draws, 1).tolist(), strict=True))
             decoded = self.decode_rows(rows.tolist(), crops)
             for image in decoded:
                 if isinstance(image, ValueError):
                     return image  # a loader process would bury it in a traceback: image_batches raises it
             images = torch.stack(decoded)  # type: ignore[arg-type]
         if self.flip:
-            mirrored = (uniform(seeds, 2) < 0.5).view(-1, 1, 1, 1)
+            mirrored = (uniform(draws, 2) < 0.5).view(-1, 1, 1, 1)
             images = torch.where(mirrored, images.flip(3), images)
         return ImageBatch(images, self.labels[rows], seeds)
 

@@ -8,21 +8,31 @@ import torch
 from torch import nn
 
 from configs.schema import RunConfig
+from tokenizer.quantizers import Quantizer
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over what is trained, with weight decay on the matrices of linear and convolution layers only."""
+    """AdamW over what is trained, with weight decay on the matrices of linear and convolution layers only.
+
+    Each group has a `scale`: how many times the run's learning rate it learns with, which is 1 but for codebooks.
+    """
     decayed = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
+    scales = {
+        id(parameter): scale
+        for quantizer in model.modules()
+        if isinstance(quantizer, Quantizer)
+        for parameter, scale in quantizer.learning_rate_scales()
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in trained:
+        kind = config.weight_decay if id(parameter) in decayed else 0.0, scales.get(id(parameter), 1.0)
+        groups.setdefault(kind, []).append(parameter)
     fused = trained[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=fused)
+    named = [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()]
+    return torch.optim.AdamW(named, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
 def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:

@@ -71,7 +71,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
 
         tokenizer.train()
         for step in run.steps():
-            tokenizer.quantizer.anneal(step / run.total_steps)
+            tokenizer.quantizer.anneal((step + 1) / run.total_steps)
             for batch in islice(batches, config.accumulation_steps):
                 with run.accelerator.accumulate(run.model):
                     output = run.model(batch.images, batch.seeds)

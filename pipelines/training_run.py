@@ -188,7 +188,7 @@ class TrainingRun:
             for step in range(self.start_step, self.total_steps):
                 # The schedule is written out: accelerate would step a prepared one once per process.
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.config, step, self.total_steps)
+                    group["lr"] = group["scale"] * learning_rate(self.config, step, self.total_steps)
                 yield step
                 self.bar.update()
                 if step + 1 == self.start_step + 20 and self.total_steps - step > 20:

@@ -54,6 +54,21 @@ def test_fewer_choices_than_codes_say_nothing():
     assert collapse_warning(quantizer, torch.zeros(1, 100, dtype=torch.int64)) is None
 
 
+def test_few_choices_of_many_codes_are_held_against_their_own_number():
+    quantizer = tiny_quantizer("vq", vocab_size=100_000)
+    assert "1.0 is below 10% of the 100 choices" in collapse_warning(quantizer, even_counts(1, 100, 100_000))
+    assert collapse_warning(quantizer, even_counts(1, 99, 100_000)) is None
+    assert collapse_warning(quantizer, even_counts(500, 2, 100_000)) is None
+
+
+def test_one_collapsed_codebook_among_several_is_enough():
+    quantizer = tiny_quantizer("residual", depth=3, vocab_size=100)
+    counts = even_counts(100, 50).repeat(3, 1)
+    assert collapse_warning(quantizer, counts) is None
+    counts[1] = even_counts(2, 2500)
+    assert "a perplexity of 2.0 is below 10% of the 100 codes" in collapse_warning(quantizer, counts)
+
+
 def test_fewer_choices_than_the_codes_of_all_codebooks_say_nothing():
     quantizer = tiny_quantizer("residual", depth=3, vocab_size=100)
     assert quantizer.num_codebooks == 3

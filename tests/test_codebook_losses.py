@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from quantizer_cases import CODEBOOKS, rows, state_of, tiny_quantizer, train_step
 from torch import Tensor
 
-from tokenizer.quantizers import entropy
+from tokenizer.quantizers import search
 from tokenizer.quantizers.gradients import rotation_trick
 
 every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
@@ -43,7 +43,7 @@ def entropy_by_enumeration(vectors: Tensor, codebook: Tensor, temperature: float
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @every_codebook_but_ibq
 def test_the_entropy_term_and_its_gradients_are_those_of_enumeration(name, distance, block_elements, monkeypatch):
-    monkeypatch.setattr(entropy, "BLOCK_ELEMENTS", block_elements)  # 64: blocks of 16 rows, the last one not full
+    monkeypatch.setattr(search, "BLOCK_ELEMENTS", block_elements)  # 64: blocks of 16 rows, the last one not full
     options = {"entropy_weight": 0.7, "entropy_temperature": 0.4, "commitment_weight": 0.0, "distance": distance}
     quantizer = tiny_quantizer(name, **options)
     latents = torch.randn(2, 4, 5, 5, requires_grad=True)

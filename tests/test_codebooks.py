@@ -298,6 +298,24 @@ def test_a_growing_codebook_has_sizes_in_geometric_progression_and_new_codes_on_
 
 
 @every_codebook
+def test_codes_that_grow_beside_a_revival_are_other_latents(name):
+    quantizer = euclidean(name, vocab_size=64, initial_vocab_size=16, grow_until=0.9, revive_after=1, revive_below=0.5)
+    num_moved = 0
+    for step in range(8):
+        quantizer.anneal((step + 1) / 10)
+        latents = torch.randn(8, 4, 50)
+        latents[:, :, :40] = latents[:1, :, :1]  # most of them choose one code, so that others are in little use
+        latents += 1e-3 * torch.randn(8, 4, 50)
+        quantizer(latents)
+        quantizer.update(step)
+        vectors = vectors_of(quantizer, torch.arange(quantizer.active_size))
+        moved = vectors[on_rows(vectors, latents)]
+        assert len(moved.unique(dim=0)) == len(moved)
+        num_moved += len(moved)
+    assert num_moved > 2 * 64  # more than grew
+
+
+@every_codebook
 def test_codes_beyond_the_active_size_are_never_chosen_even_where_they_are_nearest(name):
     quantizer = euclidean(name, initial_vocab_size=4)
     latents = near_codes(quantizer, list(range(4, 16)) * 3)

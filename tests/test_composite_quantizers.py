@@ -151,12 +151,11 @@ def test_a_shared_moving_average_learns_from_the_vectors_of_all_levels():
     assert_near(quantizer.inner[0].codebook, m / N[:, None])
 
 
-@pytest.mark.parametrize(("name", "scale"), [("lfq", 0.5), ("bsq", 0.5), ("fsq", 0.25)])
-def test_levels_of_finite_quantizers_work_on_a_scale_that_shrinks_by_a_constant_factor(name, scale):
-    # fsq with 5 values in [-1, 1] has steps of 2 / 4: the next level's range is a quarter of this one's.
-    options = {"levels": [5] * DIM}
-    quantizer = wrapped("residual", name, inner=options, depth=3)
-    plain = build_quantizer(inner_options(name, **options), DIM)
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_levels_of_signs_work_on_half_the_scale_of_the_one_before(name):
+    scale = 0.5
+    quantizer = wrapped("residual", name, depth=3)
+    plain = build_quantizer(inner_options(name), DIM)
     latents = torch.randn(2, DIM, 9)
     output = quantizer(latents)
     rest, total = latents, torch.zeros_like(latents)
@@ -168,6 +167,56 @@ def test_levels_of_finite_quantizers_work_on_a_scale_that_shrinks_by_a_constant_
     assert_near(quantizer.decode(output.codes), total)
 
 
+@pytest.mark.parametrize("levels", [[8, 5], [4, 3], [7, 16]], ids=str)
+def test_each_level_of_residual_fsq_divides_the_cells_of_the_one_before(levels):
+    depth = 3
+    quantizer = build_quantizer({"name": "residual", "depth": depth, "quantizer": {"name": "fsq", "levels": levels}}, 2)
+    latents = torch.randn(1, 2, 200_000) * 2
+    output = quantizer(latents)
+    L = torch.tensor(levels).double()
+    edge = torch.where(L % 2 == 0, 1.0, L / (L - 1)).view(1, 2, 1)  # of the outermost cells, in the first level's unit
+    bounded = (latents.double() / edge).tanh() * edge
+    for n in range(1, depth + 1):
+        error = (quantizer.decode(output.codes[..., :n]).double() - bounded).abs().amax((0, 2))
+        half_a_cell = edge.flatten() / L**n
+        assert (error < half_a_cell * (1 + 1e-3) + 1e-6).all()
+        assert (error > half_a_cell * 0.9).all()
+    for channel, size in enumerate(levels):
+        digits = output.codes // math.prod(levels[:channel]) % size
+        assert len(digits[0, :, :2].unique(dim=0)) == size**2  # every combination of two levels occurs
+
+
+def test_residual_fsq_passes_gradients_through_the_bound_once():
+    quantizer = build_quantizer({"name": "residual", "depth": 3, "quantizer": {"name": "fsq", "levels": [5, 8]}}, 2)
+    latents = torch.randn(2, 2, 9, requires_grad=True)
+    upstream = torch.randn(2, 2, 9)
+    quantizer.eval()(latents).quantized.backward(upstream)
+    edge = torch.tensor([5 / 4, 1.0]).view(1, 2, 1)
+    assert_near(latents.grad, upstream * (1 - (latents / edge).tanh() ** 2).detach())
+
+
+@pytest.mark.parametrize("name", ["vq", "ema", "cvq", "simvq", "ibq"])
+def test_residual_of_cosine_codes_is_refused(name):
+    with pytest.raises(ValueError, match=r"cannot add up to a finer and finer sum: residual needs .*euclidean"):
+        wrapped("residual", name, inner={"distance": "cosine"}, depth=2)
+    wrapped("residual", name, inner={"distance": "cosine"}, depth=1)
+
+
+@pytest.mark.parametrize("wrapper", ["residual", "product", "multiscale"])
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_projections_onto_signs_start_as_principal_components_in_wrappers_as_well(wrapper, name):
+    more = {"scales": [1, 2, 3, 4]} if wrapper == "multiscale" else {"depth": 2}
+    quantizer = build_quantizer({"name": wrapper, "quantizer": {"name": name, "num_bits": 3}, **more}, 24)
+    assert quantizer.num_start_vectors > 0
+    latents = torch.randn(64, 24, 4, 4) * torch.logspace(0, -2, 24).view(-1, 1, 1) + 3
+    quantizer.initialize(latents)
+    projected = rows(quantizer.project_in(latents.movedim(1, -1)).movedim(-1, 1))
+    assert_near(projected.mean(0), torch.zeros(projected.shape[1]), atol=1e-4)
+    assert_near(projected.t() @ projected / len(projected), torch.eye(projected.shape[1]), atol=1e-3)
+    before = latents.var()
+    assert (quantizer.project_out(projected.float()) - rows(latents)).square().mean() < before
+
+
 @pytest.mark.parametrize("name", ["vq", "fsq", "lfq"])
 def test_a_prefix_of_the_levels_decodes_to_the_coarse_part(name):
     quantizer = wrapped("residual", name, depth=4).eval()
@@ -175,7 +224,7 @@ def test_a_prefix_of_the_levels_decodes_to_the_coarse_part(name):
     assert codes.shape == (2, 3, 5, 4)
     total = torch.zeros(2, DIM, 3, 5)
     for level in range(4):
-        total = total + quantizer.inner[level].decode(codes[..., level]) * quantizer.scales[level]
+        total = total + quantizer.inner[level].decode(codes[..., level]) * quantizer.scale(level, 4)
         assert_near(quantizer.decode(codes[..., : level + 1]), total)
 
 
@@ -384,15 +433,18 @@ def test_the_entropy_term_acts_on_what_is_left_over_at_each_scale_as_if_coarser_
 
 
 @pytest.mark.parametrize("num_scales", range(4, 11))
-def test_each_scale_uses_the_convolution_that_the_published_code_gives_it(num_scales):
+@pytest.mark.parametrize("num", [1, 3, 4])
+def test_each_scale_uses_the_convolution_that_the_published_code_gives_it(num_scales, num):
     # Convolution i adds i: what a scale contributes names the one that it used.
-    quantizer = wrapped("multiscale", "vq", scales=list(range(1, num_scales + 1)), residual_ratio=1.0)
+    scales = list(range(1, num_scales + 1))
+    quantizer = wrapped("multiscale", "vq", scales=scales, num_convolutions=num, residual_ratio=1.0)
     with torch.no_grad():
         for i, convolution in enumerate(quantizer.convolutions):
             convolution.weight.zero_()
             convolution.bias.fill_(i)
     grids = quantizer.grids((num_scales, num_scales))
-    ticks = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4)
+    margin = 1 / 3 / num if num == 4 else 1 / 2 / num
+    ticks = np.linspace(margin, 1 - margin, num)
     for k, grid in enumerate(grids):
         contribution = quantizer._contribution(torch.zeros(1, DIM, *grid), k, grids)
         expected = int(np.argmin(np.abs(ticks - k / (num_scales - 1))))

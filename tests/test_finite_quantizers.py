@@ -51,6 +51,21 @@ def published_fsq(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndar
     return rounded / half_width, codes, half_l * (1 - tanh**2) / half_width
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_type_of_torch_changes_nothing_of_fsq(dtype):
+    latents = torch.randn(4, 2, 100)
+    expected = fsq([8, 5])(latents)
+    torch.set_default_dtype(dtype)
+    try:
+        output = fsq([8, 5])(latents)
+        decoded = fsq([8, 5]).decode(output.codes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.quantized.dtype == decoded.dtype == torch.float32
+    assert torch.equal(output.quantized, expected.quantized)
+    assert torch.equal(decoded, expected.quantized)
+
+
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_fsq_values_codes_and_gradients_are_those_of_the_published_code(levels):
     latents = (1.5 * torch.randn(2, len(levels), 300)).requires_grad_()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from configs.random_streams import uniform
 from configs.schema import DataConfig, ImagePreprocessing, SourceConfig
 from pipelines.image_data import (
     ImageDataset,
@@ -304,6 +305,15 @@ def test_crop_and_flip_depend_on_seed_and_position_only(rows):
     assert_close(shuffled.images.flip(0), together.images)
     assert_close(torch.cat([batch.images for batch in alone]), together.images)
     assert_close(torch.cat([batch.seeds for batch in alone]), together.seeds)
+
+
+def test_what_a_model_draws_from_an_images_seed_does_not_depend_on_its_flip(rows):
+    batch = augmented(rows, crop="center").__getitems__([(0, position) for position in range(400)])
+    flipped = (batch.images != batch.images[0]).flatten(1).any(1)
+    for counter in range(4):
+        drawn = uniform(batch.seeds, counter)
+        assert 0.4 < drawn[flipped].mean() < 0.6
+        assert 0.4 < drawn[~flipped].mean() < 0.6
 
 
 def test_another_seed_and_another_position_crop_and_flip_otherwise(rows):

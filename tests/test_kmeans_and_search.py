@@ -63,6 +63,14 @@ def test_exact_duplicates_go_to_the_lowest_index(num_vectors, dim, vocab_size):
     assert torch.equal(codes, first)
 
 
+@pytest.mark.parametrize("dim", [1, 7, 33, 100])
+@pytest.mark.parametrize("vocab_size", [2, 3, 5, 16])
+def test_duplicates_go_to_the_lowest_index_for_a_lone_vector_as_well(dim, vocab_size):
+    for seed in range(200):
+        vectors, codebook = torch.randn(2, 1, dim, generator=torch.Generator().manual_seed(seed))
+        assert nearest_codes(vectors, codebook.repeat(vocab_size, 1)).tolist() == [0]
+
+
 @pytest.mark.parametrize(("num_vectors", "dim", "vocab_size"), SIZES)
 def test_the_largest_product_is_found_up_to_float32_rounding(num_vectors, dim, vocab_size):
     vectors, codebook = torch.randn(num_vectors, dim), torch.randn(vocab_size, dim)

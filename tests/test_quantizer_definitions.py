@@ -212,7 +212,7 @@ def test_a_moving_average_that_keeps_nothing_puts_each_code_on_the_mean_of_its_l
 
 @pytest.mark.parametrize("block_elements", [1 << 19, 1], ids=["one block", "several blocks"])
 def test_the_entropy_term_and_its_gradient_equal_the_enumeration(monkeypatch, block_elements):
-    monkeypatch.setattr(tokenizer.quantizers.entropy, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(tokenizer.quantizers.search, "BLOCK_ELEMENTS", block_elements)
     quantizer = quantizer_of("vq", entropy_weight=0.3, entropy_temperature=0.7)
     latents = torch.randn(5, 4, 9, requires_grad=True)
     loss = quantizer(latents).losses["entropy"]
@@ -344,6 +344,20 @@ def test_probabilistic_anchors_of_a_batch_above_the_sample_size_are_its_latents(
     anchors = quantizer.codebook[1:] / dead_share()
     assert to_closest(anchors, latents[0].t()) < 1e-5
     assert len(anchors.unique(dim=0)) > 32
+
+
+def test_probabilistic_anchors_are_drawn_from_a_sample_of_at_most_4096(monkeypatch):
+    from tokenizer.quantizers import cvq
+
+    assert cvq.SAMPLE_SIZE == 4096
+    monkeypatch.setattr(cvq, "SAMPLE_SIZE", 3)
+    quantizer = quantizer_of("cvq", dim=2, vocab_size=64, anchor="probabilistic")
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.zeros(64, 2))
+    quantizer(0.1 * torch.randn(1, 2, 6000))
+    quantizer.update(0)
+    anchors = (1e4 * quantizer.codebook[1:] / dead_share()).round()
+    assert 1 < len(anchors.unique(dim=0)) <= 3
 
 
 @pytest.mark.parametrize("anchor", ["closest", "random", "probabilistic"])
@@ -544,7 +558,7 @@ def literal_ibq(z: Tensor, e: Tensor, distance: str, temperature: float) -> tupl
 @pytest.mark.parametrize("block_elements", [1 << 19, 1], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("distance", ["dot", "euclidean", "cosine"])
 def test_ibq_and_all_its_gradients_equal_autograd_on_the_published_formula(monkeypatch, distance, block_elements):
-    monkeypatch.setattr(tokenizer.quantizers.entropy, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(tokenizer.quantizers.search, "BLOCK_ELEMENTS", block_elements)
     weights = {"double_quantization": 0.7, "commitment": 0.5, "codebook": 0.3, "entropy": 0.2}
     options = {f"{term}_weight": weight for term, weight in weights.items()}
     quantizer = quantizer_of("ibq", distance=distance, entropy_temperature=0.6, **options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,13 +103,61 @@ def test_matrix_products_of_medium_precision_change_no_code_no_value_and_no_loss
         torch.set_float32_matmul_precision("highest")
 
 
+SWITCHES = ["mkldnn.matmul", "mkldnn.conv", "cuda.matmul", "cudnn.conv"]
+
+
+def switch(name: str) -> Any:
+    """One of torch's newer switches of precision."""
+    return operator.attrgetter(name)(torch.backends)
+
+
+def precisions() -> list[str]:
+    return [switch(name).fp32_precision for name in SWITCHES]
+
+
+@pytest.fixture
+def precision_switches() -> Iterator[None]:
+    """Puts back what a test has switched."""
+    switches = [torch.backends, torch.backends.mkldnn, torch.backends.cuda, torch.backends.cudnn]
+    before = [(s, s.fp32_precision) for s in [*switches, *map(switch, SWITCHES)] if hasattr(s, "fp32_precision")]
+    yield
+    for each, precision in before:
+        each.fp32_precision = precision
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_newer_switch_of_an_operator_is_left_and_restored(name, precision_switches):
+    quantizer, latents = Identity(4, 2), torch.randn(2, 4, 8)
+    quantizer.look = precisions
+    switch(name).fp32_precision = "tf32"
+    before = precisions()
+    assert torch.equal(quantizer(latents).quantized, latents)
+    assert set(quantizer.precision) <= {"ieee", "none"}
+    assert precisions() == before
+    assert "tf32" in before
+
+
+def test_the_newer_switch_of_all_operators_is_left_and_still_decides_afterwards(precision_switches):
+    quantizer, latents = Identity(4, 2), torch.randn(2, 4, 8)
+    quantizer.look = precisions
+    for name in SWITCHES:
+        switch(name).fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    quantizer(latents)
+    assert quantizer.precision == ["ieee"] * 4
+    assert precisions() == ["tf32"] * 4
+    torch.backends.fp32_precision = "ieee"
+    assert switch("mkldnn.matmul").fp32_precision == switch("cuda.matmul").fp32_precision == "ieee"
+
+
 class Identity(Quantizer):
     """The latents themselves, by way of a matrix product, which autocast would round."""
 
-    precision = ""
+    precision: Any = ""
+    look: Any = staticmethod(torch.get_float32_matmul_precision)
 
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
-        self.precision = torch.get_float32_matmul_precision()
+        self.precision = self.look()
         product = torch.eye(self.dim) @ latents.flatten(2)
         return QuantizerOutput(product.view_as(latents), latents.new_zeros(len(latents), *latents.shape[2:]).long())
 

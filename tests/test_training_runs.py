@@ -129,6 +129,24 @@ def test_the_learning_rate_follows_its_closed_form(training: Train, schedule: st
     assert [line["learning_rate"] for line in metrics(run, "train")] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "learned", "scale"),
+    [("vq", "quantizer.codebook", 10), ("simvq", "quantizer.projection.weight", 5)],
+)
+def test_a_codebook_learns_by_a_multiple_of_the_learning_rate(tokenizer_training, quantizer, learned, scale):
+    """Adam's first step moves each entry by the learning rate, whatever its gradient."""
+    common = [f"quantizer.name={quantizer}", "quantizer.codebook_start=normal", "quantizer.revive_after=0"]
+    common += ["steps=1", "warmup_steps=0", "schedule=constant", "learning_rate=0.0001"]
+    start = weights(tokenizer_training(*common, "learning_rate=1e-9", name="start"))
+    for factor, more in ((scale, []), (3, ["quantizer.codebook_learning_rate=3"])):
+        after = weights(tokenizer_training(*common, *more, name=f"by{factor}"))
+        moved = {
+            name: (after[name] - start[name]).abs().max().item() for name in start if start[name].is_floating_point()
+        }
+        assert moved[learned] == pytest.approx(factor * 1e-4, rel=0.02)
+        assert moved["encoder.0.weight"] == pytest.approx(1e-4, rel=0.02)
+
+
 def test_weight_decay_shrinks_matrices_of_linear_and_convolution_layers_only(training: Train) -> None:
     vq = ["quantizer.name=vq"] if "tokenizer" in training.__qualname__ else []
     common = [*vq, "steps=1", "warmup_steps=0", "schedule=constant", "learning_rate=0.01"]

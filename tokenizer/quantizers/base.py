@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.layout import CodeLayout
+from tokenizer.quantizers.projection import start_projection
 
 
 @dataclass
@@ -31,16 +32,28 @@ class QuantizerOutput:
 @contextmanager
 def float32_only(device_type: str) -> Iterator[None]:
     """Products in full float32: no autocast, and no TF32 or bfloat16 passes, which would choose other codes."""
-    precision = torch.get_float32_matmul_precision()
+    backends: Any = torch.backends
+    switches = [backends.mkldnn.conv, backends.cudnn.conv]
+    legacy = "highest"
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer switches, which torch refuses to read through the older one
+        switches += [backends.mkldnn.matmul, backends.cuda.matmul]
+    changed = [(switch, switch.fp32_precision) for switch in switches if switch.fp32_precision not in ("ieee", "none")]
     with torch.autocast(device_type, enabled=False):
-        if precision == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
         try:
+            if legacy != "highest":
+                torch.set_float32_matmul_precision("highest")
+            for switch, _ in changed:
+                switch.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
+            if legacy != "highest":
+                torch.set_float32_matmul_precision(legacy)
+            for switch, precision in changed:
+                switch.fp32_precision = "none"  # as its parent says
+                if switch.fp32_precision != precision:
+                    switch.fp32_precision = precision
 
 
 class Quantizer(nn.Module, ABC):
@@ -58,8 +71,11 @@ class Quantizer(nn.Module, ABC):
         vocab_size: K, codes are integers in [0, K).
         num_codebooks: codes on the last axis that belong to codebooks of their own; 1 where there is no such axis.
         estimator: the gradient estimator, where `quantized` is `estimator(latents, code vectors)` and nothing else.
-        level_scale: how much smaller a further level of a residual quantizer should be than the one before.
+        level_scale: how much smaller a further level of a residual quantizer should be than the one before, for all
+            channels or each, `(code_dim,)`.
         num_start_vectors: how many vectors `initialize` would like to see; 0 where it needs none.
+        signs_only: whether codes are signs of channels, whatever their scale; a projection then starts as the latents'
+            principal components.
         bookkeeping: names of buffers that do not decide codes (counters, sums); the fingerprint leaves them out.
         stochastic: whether a training forward pass draws random numbers.
     """
@@ -67,9 +83,10 @@ class Quantizer(nn.Module, ABC):
     bookkeeping: ClassVar[frozenset[str]] = frozenset()
     num_codebooks: int = 1
     estimator: Callable[[Tensor, Tensor], Tensor] | None = None
-    level_scale: float = 1.0
+    level_scale: float | Tensor = 1.0
     num_start_vectors: int = 0
     stochastic: bool = False
+    signs_only: bool = False
 
     def __init__(self, dim: int, vocab_size: int, code_dim: int | None = None) -> None:
         super().__init__()
@@ -87,6 +104,17 @@ class Quantizer(nn.Module, ABC):
     def active_size(self) -> int:
         """How many codes can be chosen now: K, or fewer while a codebook grows."""
         return self.vocab_size
+
+    def squeeze(self, latents: Tensor) -> Tensor:
+        """Latents `(B, code_dim, *grid)` as the levels of a wrapper take them; called once, before the first level."""
+        return latents
+
+    def refine(self) -> None:
+        """Become one of several levels that add up: called by a wrapper where it is built."""
+
+    def learning_rate_scales(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Parameters of its own that learn with so many times the learning rate of all others."""
+        yield from ()
 
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
         """What the codes of latents `(B, D, *grid)` mean."""
@@ -127,6 +155,9 @@ class Quantizer(nn.Module, ABC):
     def initialize(self, latents: Tensor) -> None:
         """Start the codebook from latents `(B, D, *grid)` of several batches and all processes."""
         with float32_only(latents.device.type):
+            if self.signs_only and isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
+                vectors = latents.movedim(1, -1).flatten(0, -2).float()
+                start_projection(self.project_in, self.project_out, vectors)
             self.start(_channels_last(self.project_in, latents.float()))
 
     @abstractmethod

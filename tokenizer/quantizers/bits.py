@@ -6,12 +6,12 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.validation import Range, checked
-from tokenizer.quantizers.base import Quantizer, float32_only
+from tokenizer.quantizers.base import Quantizer
 from tokenizer.quantizers.entropy import joint_entropy
-from tokenizer.quantizers.projection import NUM_START_VECTORS, start_projection
+from tokenizer.quantizers.projection import NUM_START_VECTORS
 
 Weight = Annotated[float, Range(0, 100)]
 
@@ -69,16 +69,9 @@ class BitQuantizer(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.diversity_weight = diversity_weight
         self.level_scale = 0.5
+        self.signs_only = True
         self.num_start_vectors = NUM_START_VECTORS if self.code_dim != dim else 0
         self.register_buffer("bit_values", torch.tensor([1 << i for i in reversed(range(num_bits))]))
-
-    @torch.no_grad()
-    def initialize(self, latents: Tensor) -> None:
-        """Start the projection, where there is one, from the principal components of latents `(B, D, *grid)`."""
-        if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
-            with float32_only(latents.device.type):
-                vectors = latents.movedim(1, -1).flatten(0, -2).float()
-                start_projection(self.project_in, self.project_out, vectors)
 
     def pack(self, signs: Tensor) -> Tensor:
         """Codes `(...)` int64 of the channels `(..., n)` that are positive."""

@@ -31,6 +31,7 @@ _REVIVE_UNTIL = 0.9
 
 CodebookStart = Literal["kmeans", "normal", "uniform"]
 Weight = Annotated[float, Range(0, 100)]
+LearningRateScale = Annotated[float, Range(1e-3, 1e3)]
 
 
 class CodebookQuantizer(Quantizer):
@@ -214,29 +215,32 @@ class CodebookQuantizer(Quantizer):
         self.learn(counts, step)
         self.recent_counts.add_(counts)
         # The check reads numbers back from the device: once in revive_after steps, not in every one.
+        num_moved = 0
         if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
-            self._revive(self._revive_share, step)
+            num_moved = self._revive(self._revive_share, step)
         if self.initial_vocab_size and self._target_size > self.active_size:
-            self._grow(step)
+            self._grow(step, num_moved)
         self._vectors = self._counts = None
 
-    def _revive(self, share: float, step: int) -> None:
+    def _revive(self, share: float, step: int) -> int:
+        """Move little-used codes onto latents; returns how many."""
         recent = self.recent_counts[: self.active_size]
         mean = recent.mean()
         if mean < _LEAST_MEAN_COUNT:
-            return
+            return 0
         little_used = (recent <= share * mean).nonzero().squeeze(1)
         self.set_codes(little_used, self._random_latents(len(little_used), step))
         self.recent_counts.zero_()
+        return len(little_used)
 
-    def _grow(self, step: int) -> None:
+    def _grow(self, step: int, num_taken: int) -> None:
         new = torch.arange(self.active_size, self._target_size, device=self.codebook.device)
-        self.set_codes(new, self._random_latents(len(new), step))
+        self.set_codes(new, self._random_latents(num_taken + len(new), step)[num_taken:])
         self.recent_counts[new] = self.recent_counts[: self.active_size].mean()  # they have a window to be chosen in
         self.num_active.fill_(self._target_size)
 
     def _random_latents(self, count: int, step: int) -> Tensor:
-        """Latents `(count, D)` of the global batch, different ones as far as it goes.
+        """Latents `(count, D)` of the last micro-batch of all processes, at different positions as far as it goes.
 
         Decided by the step and the index in the global batch, so that any number of processes takes the same.
         """

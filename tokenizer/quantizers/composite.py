@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.random_streams import mix
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
+from tokenizer.quantizers.projection import NUM_START_VECTORS
 
 
 class CompositeQuantizer(Quantizer):
@@ -24,7 +25,9 @@ class CompositeQuantizer(Quantizer):
         super().__init__(dim, first.vocab_size, code_dim)
         self.inner = nn.ModuleList(inner)
         self.stochastic = first.stochastic
-        self.num_start_vectors = first.num_start_vectors
+        self.signs_only = first.signs_only
+        projected = self.signs_only and code_dim != dim
+        self.num_start_vectors = NUM_START_VECTORS if projected else first.num_start_vectors
 
     @property
     def first(self) -> Quantizer:
@@ -37,6 +40,13 @@ class CompositeQuantizer(Quantizer):
     def level(self, index: int) -> Quantizer:
         """The inner quantizer of a level."""
         return self.inner[index % len(self.inner)]  # type: ignore[return-value]
+
+    def scale(self, exponent: float, ndim: int) -> float | Tensor:
+        """The inner level_scale to a power, to divide `ndim` axes `(B, code_dim, *grid)` by."""
+        base = self.first.level_scale
+        if isinstance(base, Tensor):
+            base = base.view(-1, *[1] * (ndim - 2))
+        return base**exponent
 
     def anneal(self, progress: float) -> None:
         for quantizer in self.inner:

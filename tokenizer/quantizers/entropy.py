@@ -15,9 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenizer.quantizers.base import float32_only
 from tokenizer.quantizers.collectives import mean_over_processes
-
-BLOCK_ELEMENTS = 1 << 20
-"""Probabilities in a block: a few buffers of 4 MiB of float32, made once and used again for each block."""
+from tokenizer.quantizers.search import block_rows
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def _softmax_backward_(grad: Tensor, p: Tensor) -> None:
 
 def _blocks(vectors: Tensor, vocab_size: int, num_buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of the rows of vectors, and buffers `(rows, K)` for each, the same memory every time."""
-    rows = min(len(vectors), max(16, BLOCK_ELEMENTS // vocab_size) * (16 if vectors.is_cuda else 1))
+    rows = min(len(vectors), block_rows(vectors, vocab_size))
     buffers = [vectors.new_empty(rows, vocab_size) for _ in range(num_buffers)]
     for start in range(0, len(vectors), rows):
         size = min(rows, len(vectors) - start)

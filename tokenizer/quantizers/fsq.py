@@ -52,20 +52,45 @@ class FSQ(Quantizer):
         self.register_buffer("strides", torch.tensor(strides))
         self.entropy_weight = entropy_weight
         self._sizes = list(levels)  # as Python numbers, which no device has to be waited for
-        self.level_scale = 1 / (math.prod(levels) ** (1 / len(levels)) - 1)
+        self._refines = False
+
+    @property
+    def level_scale(self) -> Tensor:  # type: ignore[override]
+        """`(code_dim,)` float32: a further level divides the cells of the one before."""
+        return self.levels.float().reciprocal()
+
+    def refine(self) -> None:
+        """Take latents that `squeeze` has bounded; an even number of levels is then symmetric, ..., -1/2, 1/2, ..."""
+        self._refines = True
+
+    def squeeze(self, latents: Tensor) -> Tensor:
+        """Latents `(B, code_dim, *grid)` bounded to the cells of all levels, where this is one of several to add up."""
+        if not self._refines:
+            return latents
+        edge = self.levels.float() / (2 * (self.levels // 2))
+        return ((latents.movedim(1, -1) / edge).tanh() * edge).movedim(-1, 1)
+
+    @property
+    def _shift(self) -> Tensor:
+        """From integers to levels, `(code_dim,)` float32."""
+        even = (self.levels % 2 == 0).float()
+        return 0.5 * even if self._refines else 0.0 * even
 
     def bound(self, vectors: Tensor) -> Tensor:
         """Vectors `(..., len(levels))` squeezed so that rounding gives `levels[i]` integers a channel."""
-        half_width = (self.levels - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        if self._refines:
+            half = self.levels.float() / 2
+            return torch.minimum(torch.maximum(vectors * (self.levels // 2), -half), half) - self._shift
+        half_width = (self.levels.float() - 1) * (1 + 1e-3) / 2
+        offset = (self.levels % 2 == 0).float() / 2
         return (vectors + (offset / half_width).atanh()).tanh() * half_width - offset
 
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
         """Round each channel to the nearest of its levels."""
         bounded = self.bound(latents.movedim(1, -1))
-        rounded = bounded.detach().round()
+        rounded = torch.minimum(bounded.detach().round().maximum(-(self.levels // 2)), (self.levels - 1) // 2)
         codes = ((rounded + self.levels // 2).long() * self.strides).sum(-1)
-        quantized = straight_through(bounded, rounded) / (self.levels // 2)
+        quantized = (straight_through(bounded, rounded) + self._shift) / (self.levels // 2)
         losses = {}
         if self.entropy_weight and self.training:
             losses["entropy"] = self.entropy_weight * self._unevenness(bounded.flatten(0, -2))
@@ -84,7 +109,7 @@ class FSQ(Quantizer):
     def embed(self, codes: Tensor) -> Tensor:
         digits = codes.unsqueeze(-1) // self.strides % self.levels  # (B, *grid, len(levels))
         half = self.levels // 2
-        return ((digits - half) / half).float().movedim(-1, 1)
+        return (((digits - half).float() + self._shift) / half).movedim(-1, 1)
 
     def collapse_advice(self) -> str:
         return (

@@ -61,6 +61,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
             raise ValueError(f"scales should be rising sides of grids, got {scales}")
         code_dim = build_inner(quantizer, dim).code_dim
         super().__init__(dim, [build_inner(quantizer, code_dim)], code_dim)
+        self.first.refine()
         self.scales = scales
         self.residual_ratio = residual_ratio
         self.grid_dims = grid_dims
@@ -92,15 +93,14 @@ class MultiscaleQuantizer(CompositeQuantizer):
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
         return CodeLayout(tuple(CodeGrid(g, self.vocab_size) for g in self.grids(grid)))
 
-    def _scale(self, k: int, num_scales: int) -> float:
-        return self.first.level_scale ** (k / max(1, num_scales - 1))
-
     def _contribution(self, quantized: Tensor, k: int, grids: list[tuple[int, ...]]) -> Tensor:
         """What code vectors `(B, D, *grids[k])` add to the latents `(B, D, *grids[-1])`."""
         share = k / max(1, len(grids) - 1)
         num = len(self.convolutions)
-        # The convolution whose centre 1 / (3 n) ... 1 - 1 / (3 n) is nearest to this scale's place in the pyramid.
-        first, last = 1 / 3 / num, 1 - 1 / 3 / num
+        # The convolution whose centre is nearest to this scale's place in the pyramid; the paper's code has 1 / (3 n)
+        # ... 1 - 1 / (3 n) for its four, and 1 / (2 n) ... 1 - 1 / (2 n) otherwise.
+        first = 1 / (3 if num == 4 else 2) / num
+        last = 1 - first
         centres = [*(i * ((last - first) / max(1, num - 1)) + first for i in range(num - 1)), last]
         conv = self.convolutions[min(range(num), key=lambda i: abs(centres[i] - share))]
         if quantized.shape[2:] != grids[-1]:
@@ -112,9 +112,10 @@ class MultiscaleQuantizer(CompositeQuantizer):
         """Quantize scale by scale; codes are `(B, L)`, the grids flattened and joined."""
         inner = self.first
         grids = self.grids(tuple(latents.shape[2:]))
+        latents = inner.squeeze(latents)
         rest, total, outputs, terms = latents, torch.zeros_like(latents), [], []
         for k, grid in enumerate(grids):
-            scale = self._scale(k, len(grids))
+            scale = self.scale(k / max(1, len(grids) - 1), latents.ndim)
             small = F.interpolate(rest, size=grid, mode="area")
             output = inner.quantize(small / scale, level_seeds(seeds, k))
             # With an estimator, gradients reach the codebook and phi through the sum's own terms below.
@@ -143,8 +144,12 @@ class MultiscaleQuantizer(CompositeQuantizer):
 
     def embed_grids(self, grids: Sequence[Tensor]) -> Tensor:
         shapes = [tuple(codes.shape[1:]) for codes in grids]
-        levels = [self.first.embed(codes) * self._scale(k, len(grids)) for k, codes in enumerate(grids)]
-        return torch.stack([self._contribution(level, k, shapes) for k, level in enumerate(levels)]).sum(0)
+        added = []
+        for k, codes in enumerate(grids):
+            vectors = self.first.embed(codes)
+            scale = self.scale(k / max(1, len(grids) - 1), vectors.ndim)
+            added.append(self._contribution(vectors * scale, k, shapes))
+        return torch.stack(added).sum(0)
 
     def start(self, latents: Tensor) -> None:
         """Start the codebook from the rests at all scales that its own first start leaves."""
@@ -154,7 +159,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
         grids = self.grids(tuple(latents.shape[2:]))
         rest, rests = latents, []
         for k, grid in enumerate(grids):
-            scale = self._scale(k, len(grids))
+            scale = self.scale(k / max(1, len(grids) - 1), latents.ndim)
             rests.append(F.interpolate(rest, size=grid, mode="area") / scale)
             rest = rest - self._contribution(nearest_vectors(self.first, rests[-1]) * scale, k, grids)
         self.first.start(as_one_image(rests))

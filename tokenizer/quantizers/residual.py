@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -24,8 +25,9 @@ from tokenizer.quantizers.composite import (
 class ResidualQuantizer(CompositeQuantizer):
     """A sum of `depth` code vectors a position, coarse to fine: r_0 = z, r_d = r_{d-1} - e_d (Lee et al. 2022, eq. 4).
 
-    Level d of fsq, lfq and bsq works on a scale that is smaller by a constant factor each level. Losses are means over
-    levels. Codes of fewer levels, `(B, *grid, n)`, decode to the coarse part.
+    Level d of lfq and bsq works on half the scale of the one before. Levels of fsq divide the cells of the one before:
+    latents are bounded once, levels are even numbers apart, and each is smaller by its channel's number of values.
+    Losses are means over levels. Codes of fewer levels, `(B, *grid, n)`, decode to the coarse part.
 
     Where an inner quantizer is a code vector behind a gradient estimator, each level's commitment acts on the latents
     and the estimator acts once, on the sum; other inner quantizers pass their own gradients from level to level.
@@ -52,12 +54,19 @@ class ResidualQuantizer(CompositeQuantizer):
         code_dim = build_inner(quantizer, dim).code_dim
         inner = [build_inner(quantizer, code_dim) for _ in range(1 if shared else depth)]
         super().__init__(dim, inner, code_dim)
+        if depth > 1:
+            for quantizer_of_level in inner:
+                if getattr(quantizer_of_level, "distance", None) == "cosine":
+                    raise ValueError(
+                        "codes of length 1 cannot add up to a finer and finer sum: residual needs "
+                        "quantizer.quantizer.distance=euclidean; product takes cosine codes"
+                    )
+                quantizer_of_level.refine()
         self.depth = depth
         self.num_codebooks = len(inner)
         self.quantizer_dropout = quantizer_dropout
         self.stochastic = self.stochastic or quantizer_dropout > 0
         self.estimator = self.first.estimator if code_dim == dim else None
-        self.scales = [self.first.level_scale**level for level in range(depth)]
 
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
         return CodeLayout.single(grid, self.vocab_size, self.depth)
@@ -65,9 +74,11 @@ class ResidualQuantizer(CompositeQuantizer):
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
         """Quantize level by level; codes are `(B, *grid, depth)`, without the last axis for a depth of 1."""
         estimator = self.first.estimator
+        latents = self.first.squeeze(latents)
         kept = self._kept_levels(latents, seeds)
         residual, total, outputs = latents, torch.zeros_like(latents), []
-        for level, scale in enumerate(self.scales):
+        for level in range(self.depth):
+            scale = self.scale(level, latents.ndim)
             output = self.level(level).quantize(residual / scale, level_seeds(seeds, level))
             quantized = output.quantized.detach() * scale if estimator else output.quantized * scale
             residual = residual - quantized
@@ -88,15 +99,19 @@ class ResidualQuantizer(CompositeQuantizer):
         return kept.view(-1, *[1] * (latents.ndim - 1))
 
     def embed(self, codes: Tensor) -> Tensor:
-        levels = [codes] if self.depth == 1 else codes.unbind(-1)
-        return sum(self.level(i).embed(level) * self.scales[i] for i, level in enumerate(levels))  # type: ignore[return-value]
+        levels = [self.level(i).embed(level) for i, level in enumerate(self._split(codes))]
+        return torch.stack([vectors * self.scale(i, vectors.ndim) for i, vectors in enumerate(levels)]).sum(0)
+
+    def _split(self, codes: Tensor) -> Sequence[Tensor]:
+        return [codes] if self.depth == 1 else codes.unbind(-1)
 
     def start(self, latents: Tensor) -> None:
         """Start level by level; a shared codebook, from the residuals that its own first start leaves."""
         if not self.num_start_vectors:
             return
         residual, residuals = latents, []
-        for i, scale in enumerate(self.scales):
+        for i in range(self.depth):
+            scale = self.scale(i, latents.ndim)
             if i < len(self.inner):
                 self.level(i).start(residual / scale)
             residuals.append(residual / scale)

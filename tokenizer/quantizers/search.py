@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 20
-"""Scores held at once: 4 MiB of float32, which stays in cache on a CPU."""
+"""Scores held at once on a CPU: 4 MiB of float32, which stays in cache."""
+
+
+def block_rows(vectors: Tensor, vocab_size: int) -> int:
+    """How many rows of scores `(rows, K)` are held at once: more on a GPU, where small products waste time."""
+    return max(16, BLOCK_ELEMENTS * (8 if vectors.is_cuda else 1) // vocab_size)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -36,13 +41,15 @@ def largest_products(vectors: Tensor, codebook: Tensor) -> Tensor:
 def _search(vectors: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     """The lowest index of the smallest `bias - x e`, `(N,)`."""
     K = len(codebook)
+    if len(vectors) == 1:  # a product of one row may round equal columns differently
+        return _search(vectors.expand(2, -1), codebook, bias)[:1]
     # Two levels, because a minimum is ten times as fast as an argmin on a CPU: the smallest score of each group, then
     # the argmin over groups, then the one inside the group. The last group is filled up with infinite scores.
     group = min(512, 1 << math.ceil(math.log2(K) / 2))
     padding = -K % group
     if padding:
         codebook, bias = F.pad(codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=math.inf)
-    rows = min(max(1, len(vectors)), max(16, BLOCK_ELEMENTS // len(codebook)) * (16 if vectors.is_cuda else 1))
+    rows = min(max(1, len(vectors)), block_rows(vectors, len(codebook)))
     scores = vectors.new_empty(rows, len(codebook))
     smallest = vectors.new_empty(rows, len(codebook) // group)
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)

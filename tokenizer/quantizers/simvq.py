@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.quantizers.codebook import CodebookQuantizer
+from configs.validation import checked
+from tokenizer.quantizers.codebook import CodebookQuantizer, LearningRateScale
 from tokenizer.quantizers.collectives import from_first_process
 
 
@@ -20,15 +22,22 @@ class SimVQ(CodebookQuantizer):
     Args:
         codebook_start: of C; kmeans takes the latents' clusters, with W as the identity.
         revive_after: steps after which little-used codes move onto random latents, by new rows of C; 0 is never.
+        codebook_learning_rate: how many times the run's learning rate W learns with.
     """
 
     codebook: Tensor
 
-    def __init__(self, dim: int, **options: Any) -> None:
+    @checked
+    def __init__(self, dim: int, *, codebook_learning_rate: LearningRateScale = 5.0, **options: Any) -> None:
         super().__init__(dim, **options)
         self.register_buffer("codebook", self.draw_codebook())
         self.projection = nn.Linear(self.code_dim, self.code_dim, bias=False, dtype=torch.float32)
         nn.init.eye_(self.projection.weight)
+        self.codebook_learning_rate = codebook_learning_rate
+
+    def learning_rate_scales(self) -> Iterator[tuple[nn.Parameter, float]]:
+        for weight in self.projection.parameters():
+            yield weight, self.codebook_learning_rate
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self._normalised(self.projection(F.embedding(codes, self.codebook)))
