@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from tokenizer.quantizers import Quantizer, build_quantizer
+from tokenizer.quantizers import Quantizer, QuantizerOutput, build_quantizer
 from tokenizer.quantizers.collectives import gather_rows
 
 TIMEOUT = timedelta(seconds=10)
@@ -65,6 +66,8 @@ class Case:
     micro_batches: int = 1
     at_points: bool = False
     """Whether the codebook starts at POINTS."""
+    checkpointed: bool = False
+    """Whether the backward pass computes the forward pass again."""
 
 
 TINY = {"vocab_size": 8, "codebook_start": "normal", "revive_after": 0}
@@ -120,6 +123,11 @@ PLAIN |= {
     "ema-rotation": Case(EMA | {"gradient": "rotation"}),
     "ema-micro-batches": Case(EMA | {"entropy_weight": 1.0}, steps=3, micro_batches=2),
     "vq-micro-batches": Case(VQ | {"entropy_weight": 1.0}, steps=3, micro_batches=2),
+}
+
+PLAIN |= {
+    f"checkpointed-{name}": Case(options | {"entropy_weight": 1.0}, steps=3, checkpointed=True)
+    for name, options in (CODEBOOKS | {"lfq": WITHOUT_CODEBOOK["lfq"]}).items()
 }
 
 ENTROPY = {
@@ -219,6 +227,17 @@ def rows_of(tensor: Tensor, rank: int, world: int) -> Tensor:
     return tensor.chunk(world)[rank].clone()
 
 
+class Checkpointed(nn.Module):
+    """A quantizer whose activations are not kept for the backward pass."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, latents: Tensor, seeds: Tensor) -> QuantizerOutput:
+        return checkpoint(self.quantizer, latents, seeds, use_reentrant=False)
+
+
 def train(case: Case, rank: int = 0, world: int = 1) -> list[dict[str, dict[str, Tensor]]]:
     """What each step left: state, gradients (of latents too), losses and codes, the last three of each micro-batch.
 
@@ -228,7 +247,8 @@ def train(case: Case, rank: int = 0, world: int = 1) -> list[dict[str, dict[str,
     quantizer = build(case)
     parameters = list(quantizer.parameters())
     parallel = world > 1 and parameters
-    model = DistributedDataParallel(quantizer, broadcast_buffers=False) if parallel else quantizer
+    model: nn.Module = Checkpointed(quantizer) if case.checkpointed else quantizer
+    model = DistributedDataParallel(model, broadcast_buffers=False) if parallel else model
     optimizer = torch.optim.SGD(parameters, lr=0.1) if parameters else None
     found = []
     for step in range(case.steps):

@@ -132,6 +132,16 @@ def test_no_tensor_of_vectors_times_codes_is_ever_held(name, training):
         assert latents.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["ema", "ibq", "vq"])
+def test_no_more_than_the_codebook_and_a_block_is_held_with_262144_codes(name):
+    quantizer = tiny_quantizer(name, vocab_size=1 << 18, entropy_weight=0.1)
+    latents = torch.randn(2, 4, 16, requires_grad=True)
+    with LargestAllocation() as largest:
+        loss_of(quantizer(latents)).backward()
+        quantizer.update(0)
+    assert largest.num_bytes <= 16 * 4 * 2**18  # 16 rows of scores; the codebook of 4 channels takes a fourth
+
+
 def test_the_measure_of_memory_sees_a_matrix_in_forward_and_in_backward():
     vectors, codebook = torch.randn(512, 4, requires_grad=True), torch.randn(1024, 4)
     with LargestAllocation() as forward:

@@ -270,6 +270,18 @@ def test_a_residual_of_lfq_has_the_codes_and_values_of_the_peer():
     assert_same(channels_last(output.quantized), quantized)
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_residual_of_fsq_has_the_codes_and_values_of_the_peer(depth):
+    levels = [5, 8, 3, 6]
+    mine = quantizer_of("residual", len(levels), quantizer={"name": "fsq", "levels": levels}, depth=depth).eval()
+    theirs = peers.ResidualFSQ(dim=len(levels), levels=levels, num_quantizers=depth).eval()
+    latents = 2 * torch.randn(3, len(levels), 40)
+    output = mine(latents)
+    quantized, codes = theirs(channels_last(latents))
+    assert torch.equal(output.codes, codes.long())
+    assert_same(channels_last(output.quantized), quantized)
+
+
 def test_a_product_has_the_codes_and_values_of_a_peer_with_several_heads():
     inner = {"name": "ema", "vocab_size": K, "codebook_start": "normal", "revive_after": 0}
     mine = quantizer_of("product", 2 * DIM, quantizer=inner, depth=2).eval()

@@ -60,27 +60,29 @@ class FSQ(Quantizer):
         return self.levels.float().reciprocal()
 
     def refine(self) -> None:
-        """Take latents that `squeeze` has bounded; an even number of levels is then symmetric, ..., -1/2, 1/2, ..."""
+        """Take latents that `squeeze` has bounded; levels then go from -1 to 1, also where their number is even."""
         self._refines = True
 
     def squeeze(self, latents: Tensor) -> Tensor:
         """Latents `(B, code_dim, *grid)` bounded to the cells of all levels, where this is one of several to add up."""
         if not self._refines:
             return latents
-        edge = self.levels.float() / (2 * (self.levels // 2))
+        edge = self.levels / (self.levels.float() - 1)
         return ((latents.movedim(1, -1) / edge).tanh() * edge).movedim(-1, 1)
 
     @property
-    def _shift(self) -> Tensor:
-        """From integers to levels, `(code_dim,)` float32."""
-        even = (self.levels % 2 == 0).float()
-        return 0.5 * even if self._refines else 0.0 * even
+    def _integers(self) -> tuple[Tensor, Tensor]:
+        """Shift and unit, `(code_dim,)` float32 each: a level is (integer + shift) / unit."""
+        levels = self.levels.float()
+        if self._refines:
+            return (levels % 2 == 0).float() / 2, (levels - 1) / 2
+        return torch.zeros_like(levels), (self.levels // 2).float()
 
     def bound(self, vectors: Tensor) -> Tensor:
         """Vectors `(..., len(levels))` squeezed so that rounding gives `levels[i]` integers a channel."""
         if self._refines:
-            half = self.levels.float() / 2
-            return torch.minimum(torch.maximum(vectors * (self.levels // 2), -half), half) - self._shift
+            half, (shift, unit) = self.levels.float() / 2, self._integers
+            return torch.minimum(torch.maximum(vectors * unit, -half), half) - shift
         half_width = (self.levels.float() - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0).float() / 2
         return (vectors + (offset / half_width).atanh()).tanh() * half_width - offset
@@ -90,7 +92,8 @@ class FSQ(Quantizer):
         bounded = self.bound(latents.movedim(1, -1))
         rounded = torch.minimum(bounded.detach().round().maximum(-(self.levels // 2)), (self.levels - 1) // 2)
         codes = ((rounded + self.levels // 2).long() * self.strides).sum(-1)
-        quantized = (straight_through(bounded, rounded) + self._shift) / (self.levels // 2)
+        shift, unit = self._integers
+        quantized = (straight_through(bounded, rounded) + shift) / unit
         losses = {}
         if self.entropy_weight and self.training:
             losses["entropy"] = self.entropy_weight * self._unevenness(bounded.flatten(0, -2))
@@ -108,8 +111,8 @@ class FSQ(Quantizer):
 
     def embed(self, codes: Tensor) -> Tensor:
         digits = codes.unsqueeze(-1) // self.strides % self.levels  # (B, *grid, len(levels))
-        half = self.levels // 2
-        return (((digits - half).float() + self._shift) / half).movedim(-1, 1)
+        shift, unit = self._integers
+        return (((digits - self.levels // 2).float() + shift) / unit).movedim(-1, 1)
 
     def collapse_advice(self) -> str:
         return (
