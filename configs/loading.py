@@ -21,7 +21,10 @@ from configs.validation import Schema, did_you_mean, field_docs, field_hints, fr
 S = TypeVar("S", bound=Schema)
 
 Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
-"""For each free block (model, quantizer): its names, and the class whose options the block takes."""
+"""For each free block: its names, and the class whose options the block takes."""
+
+BLOCKS = ("model", "quantizer", "discriminator")
+"""Keys of the free blocks: a name, and the options that go with it."""
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _merge(preset: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            renamed = key in ("model", "quantizer") and "name" in value and value["name"] != old.get("name")
+            renamed = key in BLOCKS and "name" in value and value["name"] != old.get("name")
             merged[key] = value if renamed else _merge(old, value)
         else:
             merged[key] = value
@@ -77,12 +80,20 @@ def load_config(cls: type[S], file: str | Path | None = None, overrides: Sequenc
         ValueError: for an unknown key (with the nearest known one), a wrong type or a value out of range.
     """
     preset = {} if file is None else read_yaml(file)
-    defaults = {
-        f.name: f.default_factory()
-        for f in dataclasses.fields(cls)
-        if f.default_factory is not dataclasses.MISSING and f.name in ("model", "quantizer")
-    }
-    return from_mapping(cls, _merge(_merge(defaults, preset), _parse_overrides(overrides)))
+    return from_mapping(cls, _merge(_merge(_default_blocks(cls), preset), _parse_overrides(overrides)))
+
+
+def _default_blocks(cls: type[Schema]) -> dict[str, Any]:
+    """The defaults of a schema's free blocks, those of the schemas inside it too."""
+    defaults: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+            if f.name in BLOCKS:
+                defaults[f.name] = default
+            elif isinstance(default, Schema) and (inner := _default_blocks(type(default))):
+                defaults[f.name] = inner
+    return defaults
 
 
 def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
@@ -94,7 +105,7 @@ def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
     if dataclasses.is_dataclass(factory) and isinstance(factory, type):
         docs, hints = field_docs(factory), field_hints(factory)
         return {
-            f.name: (type_name(hints[f.name]), str(f.default), docs[f.name])
+            f.name: (type_name(hints[f.name]), str(_default_of(f)), docs[f.name])
             for f in dataclasses.fields(factory)
             if f.name in docs
         }
@@ -113,6 +124,10 @@ def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break  # a constructor with **options hands them to its base class
     return options
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _documented_arguments(owner: Callable[..., Any]) -> dict[str, str]:
@@ -161,7 +176,7 @@ def help_text(cls: type[Schema], choices: Choices | None = None) -> str:
             if f.name in choices:
                 describe(f"{prefix}{f.name}.name", " | ".join(choices[f.name]), str(default["name"]), docs[f.name])
                 for name, factory in choices[f.name].items():
-                    lines.append(f"    with {f.name}.name={name}:")
+                    lines.append(f"    with {prefix}{f.name}.name={name}:")
                     for option, description in options_of(factory).items():
                         describe(f"{prefix}{f.name}.{option}", *description)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from configs.objective import ObjectiveConfig
 from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Seed, Share
 
 PixelSize = Annotated[int, Range(1, 16384)]
@@ -141,14 +142,6 @@ class RunConfig(Schema):
 
 
 @dataclass
-class ObjectiveConfig(Schema):
-    """What a tokenizer is trained on, besides its quantizer's own losses."""
-
-    reconstruction: Literal["l1", "l2"] = "l2"
-    """Mean absolute or mean squared error, over pixels in [-1, 1]."""
-
-
-@dataclass
 class TokenizerTrainingConfig(RunConfig):
     """Train a tokenizer on images."""
 
@@ -159,11 +152,17 @@ class TokenizerTrainingConfig(RunConfig):
     quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "ema"})
     """The quantizer: name, then its options."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """The reconstruction's terms."""
+    """What the network is trained on: reconstruction, perceptual and adversarial terms."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     train_only: Literal["all", "decoder"] = "all"
     """decoder tunes the decoder of init_from= alone: its codes and fingerprint stay."""
+    quantize_after: CountOrZero = 0
+    """Optimizer steps as a continuous autoencoder before the quantizer starts from the encoder's latents."""
+    compile: bool = False
+    """Compile encoder, decoder and discriminator (not with R1); the first steps take minutes. Needs a compiler."""
+    activation_checkpointing: bool = False
+    """Compute activations of the vqgan's blocks again in the backward pass: less memory, more time."""
 
     def validate(self) -> None:
         super().validate()
@@ -172,6 +171,8 @@ class TokenizerTrainingConfig(RunConfig):
                 raise ValueError(f"{block} needs a name, got {getattr(self, block)!r}; give {block}.name=")
         if self.train_only == "decoder" and self.init_from is None:
             raise ValueError("train_only=decoder tunes a saved tokenizer; give init_from=DIR")
+        if self.train_only == "decoder" and self.quantize_after:
+            raise ValueError(f"train_only=decoder keeps the codes; leave out quantize_after={self.quantize_after}")
 
 
 @dataclass

@@ -13,20 +13,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from pipelines.run_folder import checkpoint_folder, flatten, prune_checkpoints, seal, write_json
 
 
 @dataclass
 class TrainedState:
-    """What changes while a run trains."""
+    """What changes while a run trains, each by the name of its file."""
 
-    model: nn.Module
-    """Unwrapped: quantizer state is in its buffers."""
-    averaged: AveragedModel | None
-    """Weight EMA, where it is on."""
-    optimizer: Optimizer
+    modules: dict[str, nn.Module]
+    """Unwrapped: quantizer state is in their buffers."""
+    optimizers: dict[str, Optimizer]
 
 
 def save_checkpoint(
@@ -44,10 +41,10 @@ def save_checkpoint(
         random_state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     save_file(random_state, partial / f"random-{accelerator.process_index}.safetensors")
     if accelerator.is_main_process:
-        save_file(_plain_state(trained.model), partial / "model.safetensors")
-        if trained.averaged is not None:
-            save_file(_plain_state(trained.averaged), partial / "average.safetensors")
-        _save_optimizer(trained.optimizer, partial)
+        for name, module in trained.modules.items():
+            save_file(_plain_state(module), partial / f"{name}.safetensors")
+        for name, optimizer in trained.optimizers.items():
+            _save_optimizer(optimizer, partial / name)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         state = {"step": step, "seconds": seconds, "processes": accelerator.num_processes, "scaler": scaler}
         write_json(partial / "state.json", state)
@@ -59,11 +56,11 @@ def save_checkpoint(
 
 
 def load_trained_state(checkpoint: Path, trained: TrainedState) -> dict[str, Any]:
-    """Read a checkpoint into models and optimizer; returns its step, seconds, processes and scaler."""
-    trained.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    if trained.averaged is not None:
-        trained.averaged.load_state_dict(load_file(checkpoint / "average.safetensors"))
-    _load_optimizer(trained.optimizer, checkpoint)
+    """Read a checkpoint into modules and optimizers; returns its step, seconds, processes and scaler."""
+    for name, module in trained.modules.items():
+        module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
+    for name, optimizer in trained.optimizers.items():
+        _load_optimizer(optimizer, checkpoint / name)
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -83,21 +80,21 @@ def _plain_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
-def _save_optimizer(optimizer: Optimizer, folder: Path) -> None:
-    """Tensors as optimizer.safetensors with keys `state.<parameter>.<name>`, the rest as optimizer.json."""
+def _save_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Tensors into `path`.safetensors with keys `state.<parameter>.<name>`, the rest into `path`.json."""
     state = optimizer.state_dict()
     flat = flatten({"state": {str(index): values for index, values in state["state"].items()}})
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "optimizer.safetensors")
-    write_json(folder / "optimizer.json", {"param_groups": state["param_groups"]})
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path.with_suffix(".safetensors"))
+    write_json(path.with_suffix(".json"), {"param_groups": state["param_groups"]})
 
 
-def _load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in load_file(path.with_suffix(".safetensors")).items():
         _, index, name = key.split(".", 2)
         state.setdefault(int(index), {})[name] = value
-    groups = json.loads((folder / "optimizer.json").read_text())["param_groups"]
+    groups = json.loads(path.with_suffix(".json").read_text())["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # Fused kernels walk through memory: moments need the strides of their parameter, which may be channels last.
     for parameter, values in optimizer.state.items():

@@ -31,9 +31,14 @@ class CodeUse:
         self._counts += metrics.count_codes(codes, self.quantizer.vocab_size, self.quantizer.num_codebooks)
 
     def take(self) -> tuple[dict[str, float], str | None]:
-        """Figures since the last call, codebook_usage and codebook_perplexity, and a warning where they are bad."""
+        """Figures since the last call, codebook_usage and codebook_perplexity, and a warning where they are bad.
+
+        Without codes, as before a quantizer starts, there are no figures.
+        """
         counts = self.accelerator.reduce(self._counts, "sum").cpu()
         self._counts = self._no_counts()
+        if not counts.any():
+            return {}, None
         figures = {"codebook_usage": metrics.usage(counts), "codebook_perplexity": metrics.perplexity(counts)}
         return figures, collapse_warning(self.quantizer, counts)
 

@@ -41,37 +41,43 @@ def evaluate_tokenizer(
     batch_size: int,
     num_workers: int = 0,
     max_batches: int | None = None,
+    quantize: bool = True,
 ) -> dict[str, float]:
     """Figures over a split, each image once over all processes.
 
     Returns:
-        psnr_db (mean over images), mean absolute error `l1` and mean squared error `l2` in [-1, 1] units,
-        codebook_usage (share of codes that occur) and codebook_perplexity, over the codebooks of all levels.
+        psnr_db (mean over images), mean absolute error `l1` and mean squared error `l2` in [-1, 1] units, sharpness
+        (the reconstructions' Laplacian energy, in units of the originals'), codebook_usage (share of codes that occur)
+        and codebook_perplexity, over the codebooks of all levels; without `quantize` there are no codes.
     """
     was_training = tokenizer.training
     tokenizer.eval()
     code_use = CodeUse(tokenizer.quantizer, accelerator)
-    sums = torch.zeros(4, dtype=_precise(accelerator.device), device=accelerator.device)  # psnr, l1, l2, images
+    # psnr, l1, l2, Laplacian energies of reconstructions and of originals, images
+    sums = torch.zeros(6, dtype=_precise(accelerator.device), device=accelerator.device)
     batches = share_of_process(in_order(len(dataset), batch_size)[:max_batches], accelerator)
     for batch in image_batches(dataset, batches, accelerator.device, num_workers):
         with accelerator.autocast():
-            output = tokenizer(batch.images)
+            output = tokenizer(batch.images, quantize=quantize)
         error = batch.images - output.reconstruction.float()
         values = [
             metrics.psnr(batch.images, output.reconstruction).sum(),
             error.abs().flatten(1).mean(1).sum(),
             error.square().flatten(1).mean(1).sum(),
+            metrics.laplacian_energy(output.reconstruction.float().clamp(-1, 1)).sum(),
+            metrics.laplacian_energy(batch.images).sum(),
             torch.tensor(len(batch.images), device=accelerator.device),
         ]
         sums += torch.stack([value.to(sums.dtype) for value in values])
         code_use.add(output.codes)
     tokenizer.train(was_training)
-    psnr, l1, l2, num_images = accelerator.reduce(sums, "sum").tolist()
+    psnr, l1, l2, sharp, originally, num_images = accelerator.reduce(sums, "sum").tolist()
     figures_of_codes, _ = code_use.take()
     return {
         "psnr_db": psnr / num_images,
         "l1": l1 / num_images,
         "l2": l2 / num_images,
+        "sharpness": sharp / originally if originally else 1.0,
         **figures_of_codes,
     }
 

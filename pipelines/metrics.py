@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,13 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     """
     error = (images.float() - reconstruction.float().clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
+
+
+def laplacian_energy(images: Tensor) -> Tensor:
+    """The mean squared Laplacian of each image `(B, C, H, W)`, `(B,)`: how much fine detail it has."""
+    kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    laplacian = F.conv2d(images.flatten(0, 1).unsqueeze(1), kernel.view(1, 1, 3, 3))
+    return laplacian.square().flatten(1).mean(1).view(images.shape[:2]).mean(1)
 
 
 def count_codes(codes: Tensor, vocab_size: int, num_codebooks: int = 1) -> Tensor:

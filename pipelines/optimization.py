@@ -11,10 +11,10 @@ from configs.schema import RunConfig
 from tokenizer.quantizers import Quantizer
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
+def make_optimizer(config: RunConfig, model: nn.Module, rate: float = 1.0) -> torch.optim.AdamW:
     """AdamW over what is trained, with weight decay on the matrices of linear and convolution layers only.
 
-    Each group has a `scale`: how many times the run's learning rate it learns with, which is 1 but for codebooks.
+    Each group has a `scale`: how many times the run's learning rate it learns with, `rate` but for codebooks.
     """
     decayed = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
@@ -28,7 +28,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trained:
-        kind = config.weight_decay if id(parameter) in decayed else 0.0, scales.get(id(parameter), 1.0)
+        kind = config.weight_decay if id(parameter) in decayed else 0.0, rate * scales.get(id(parameter), 1.0)
         groups.setdefault(kind, []).append(parameter)
     fused = trained[0].device.type in ("cpu", "cuda")
     named = [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()]

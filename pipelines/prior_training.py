@@ -16,9 +16,10 @@ from configs.validation import did_you_mean
 from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
 from pipelines.evaluation import evaluate_prior
 from pipelines.index_stream import hold_out
+from pipelines.open_run import open_run
 from pipelines.pictures import picture_grid
 from pipelines.run_folder import read_json, write_json
-from pipelines.training_run import TrainingRun, open_run
+from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from prior import Prior, build_prior
 from tokenizer import ImageTokenizer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.schema import TokenizerTrainingConfig
 from pipelines.code_use import CodeUse
+from pipelines.compilation import compile_tokenizer, require_compiler
 from pipelines.evaluation import evaluate_tokenizer
 from pipelines.image_data import (
     ImageBatch,
@@ -21,11 +24,12 @@ from pipelines.image_data import (
     prepare_dataset,
 )
 from pipelines.image_sources import ImageSource, training_splits
+from pipelines.open_run import open_run
 from pipelines.pictures import reconstruction_grid
-from pipelines.training_run import TrainingRun, open_run
+from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from tokenizer import ImageTokenizer, build_tokenizer
-from tokenizer.objective import reconstruction_losses
+from tokenizer.objective import TokenizerObjective
 from tokenizer.quantizers.collectives import gather_rows
 
 
@@ -40,13 +44,21 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     """
     with open_run(config) as run:
         config = run.config  # type: ignore[assignment]
-        tokenizer = _make_tokenizer(config)
+        if config.dry_run:  # what comes later in a training is tried as well
+            objective_now = dataclasses.replace(config.objective, adversarial_start=0)
+            config = dataclasses.replace(config, quantize_after=min(config.quantize_after, 1), objective=objective_now)
+        tokenizer = make_tokenizer(config)
         source, train_rows, validation_rows = training_splits(config.data, config.seed)
         if run.plan(len(train_rows)):
             return run.folder
         train, validation = _make_datasets(run, config, tokenizer, source, train_rows, validation_rows)
         if run.plan(len(train)):  # broken images that were skipped make an epoch shorter
             return run.folder
+        if config.quantize_after >= run.total_steps:
+            raise ValueError(
+                f"quantize_after={config.quantize_after} leaves none of {run.total_steps} steps to quantize"
+            )
+        objective = TokenizerObjective(config.objective, tokenizer, run.total_steps)
         num_workers = default_num_workers(config.data)
         run.announce(
             tokenizer,
@@ -60,11 +72,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             },
             len(train),
         )
-        torch.nn.Module.to(tokenizer, memory_format=torch.channels_last)
-        run.prepare(tokenizer)
+        prepare_models(run, config, tokenizer, objective)
         stream = run.stream(len(train))
-        if run.start_step == 0 and config.init_from is None:
-            _initialize(run, tokenizer, image_batches(train, stream, run.device, 0))
         batches = image_batches(train, stream, run.device, num_workers)
         code_use = CodeUse(tokenizer.quantizer, run.accelerator)
         figures: dict[str, float] = {}
@@ -72,16 +81,13 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         tokenizer.train()
         for step in run.steps():
             tokenizer.quantizer.anneal((step + 1) / run.total_steps)
+            if step == config.quantize_after and (step or config.init_from is None):
+                first = run.stream(len(train), start_step=0)
+                _initialize(run, tokenizer, image_batches(train, first, run.device, 0))
             for batch in islice(batches, config.accumulation_steps):
-                with run.accelerator.accumulate(run.model):
-                    output = run.model(batch.images, batch.seeds)
-                    losses = reconstruction_losses(config.objective, batch.images, output.reconstruction)
-                    losses |= output.losses
-                    loss = torch.stack(list(losses.values())).sum()
-                    run.accelerator.backward(loss)
-                    run.optimizer_step()
-                    run.log.add({"loss": loss, **losses, **output.metrics})
-                    code_use.add(output.codes)
+                codes, logged = learn(run, config, objective, batch.images, batch.seeds, step)
+                run.log.add(logged)
+                code_use.add(codes)
             tokenizer.quantizer.update(step)
             run.update_average()
             if run.due(config.log_every, step):
@@ -90,20 +96,76 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 if step >= config.warmup_steps:
                     run.log.warn_once(warning)
             if run.due(config.validate_every, step):
-                figures = _validate(run, validation, num_workers, step)
+                figures = _validate(run, config, validation, num_workers, step)
             if run.due(config.sample_every, step):
-                _draw(run, validation or train, step)
+                _draw(run, config, validation or train, step)
             if run.due(config.checkpoint_every, step):
                 run.save_checkpoint(step)
         if not figures:
             # All steps were done by an earlier sitting that was stopped before it could finish.
             run.log.cut_after(run.total_steps - 1, "validation")
-            figures = _validate(run, validation, num_workers, run.total_steps - 1)
+            figures = _validate(run, config, validation, num_workers, run.total_steps - 1)
         run.finish(figures)
         return run.folder
 
 
-def _make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
+def prepare_models(
+    run: TrainingRun, config: TokenizerTrainingConfig, tokenizer: ImageTokenizer, objective: TokenizerObjective
+) -> None:
+    """Put what is trained on the device, in the memory order and with the options that make it fast or small."""
+    if config.activation_checkpointing:
+        if not tokenizer.supports_gradient_checkpointing:
+            raise ValueError(
+                f"activation_checkpointing is for vqgan; {config.model['name']} has no blocks to checkpoint"
+            )
+        # transformers has renamed it.
+        enable = getattr(tokenizer, "activation_checkpointing_enable", None) or tokenizer.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if config.compile:
+        require_compiler(run.device)
+    if objective.perceptual is not None:
+        objective.perceptual.to(run.device)
+    for module in (tokenizer, objective.perceptual, objective.adversary):
+        if module is not None:
+            torch.nn.Module.to(module, memory_format=torch.channels_last)
+    rate = config.objective.discriminator_learning_rate
+    run.prepare(tokenizer, objective.adversary, (rate or config.learning_rate) / config.learning_rate)
+    if config.compile:
+        compile_tokenizer(tokenizer)
+        if objective.perceptual is not None:
+            objective.perceptual.compile()
+        if objective.adversary is not None and not config.objective.r1_weight:  # R1 differentiates twice
+            objective.adversary.discriminator.compile()
+
+
+def learn(
+    run: TrainingRun,
+    config: TokenizerTrainingConfig,
+    objective: TokenizerObjective,
+    images: Tensor,
+    seeds: Tensor,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One micro-batch of an optimizer step; returns its codes, and what to log of it."""
+    with run.accelerator.accumulate(*run.models):
+        output = run.model(images, seeds, quantize=step >= config.quantize_after)
+        with run.accelerator.autocast():
+            losses, metrics = objective.tokenizer_losses(images, output, step)
+        losses |= output.losses
+        loss = torch.stack(list(losses.values())).sum()
+        run.accelerator.backward(loss)
+        logged = {"loss": loss, **losses, **metrics, **output.metrics}
+        if objective.is_adversarial(step):
+            assert run.second is not None
+            with run.accelerator.autocast():
+                losses, metrics = objective.discriminator_losses(run.second, images, output.reconstruction, step)
+            run.accelerator.backward(torch.stack(list(losses.values())).sum())
+            logged |= losses | metrics
+        run.optimizer_step()
+    return output.codes, logged
+
+
+def make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
     """A fresh tokenizer, with the weights of `init_from` where that is given."""
     if config.train_only == "decoder":
         assert config.init_from is not None
@@ -117,6 +179,7 @@ def _make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
         image_size=config.data.image_size,
         background=config.data.background,
         interpolation=config.data.interpolation,
+        decoder_output=config.objective.decoder_output,
     )
     if config.init_from is not None:
         load_matching_weights(tokenizer, ImageTokenizer.from_pretrained(config.init_from), config.init_from)
@@ -131,6 +194,11 @@ def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageToken
         "quantizer": tokenizer.config.quantizer or {},
         "data": tokenizer.config.preprocessing.to_dict(),
     }
+    if tokenizer.config.decoder_output != config.objective.decoder_output:
+        raise ValueError(
+            f"the decoder of {config.init_from} gives {tokenizer.config.decoder_output}, which does not go with "
+            f"objective.reconstruction={config.objective.reconstruction}"
+        )
     preprocessing = {name: getattr(config.data, name) for name in ("image_size", "background", "interpolation")}
     asked = {"model": config.model, "quantizer": config.quantizer, "data": preprocessing}
     for block, options in asked.items():
@@ -185,7 +253,10 @@ def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: Iterator[I
         run.averaged.module.load_state_dict(tokenizer.state_dict())
 
 
-def _validate(run: TrainingRun, validation: ImageDataset | None, num_workers: int, step: int) -> dict[str, float]:
+@torch.compiler.set_stance("force_eager")  # other batch sizes and modes would be compiled anew
+def _validate(
+    run: TrainingRun, config: TokenizerTrainingConfig, validation: ImageDataset | None, num_workers: int, step: int
+) -> dict[str, float]:
     """Figures over the validation split, logged; none where there is no such split."""
     if validation is None:
         return {}
@@ -196,24 +267,25 @@ def _validate(run: TrainingRun, validation: ImageDataset | None, num_workers: in
         batch_size=run.config.batch_size,
         num_workers=num_workers,
         max_batches=2 if run.config.dry_run else None,
+        quantize=step >= config.quantize_after,
     )
     run.log.write(step, "validation", run.seconds, figures)
-    run.log.print(
-        f"PSNR {figures['psnr_db']:.2f} dB, codes in use {figures['codebook_usage']:.1%}, "
-        f"perplexity {figures['codebook_perplexity']:.1f}",
-        f"step {step + 1}",
-    )
+    codes = "not quantized yet"
+    if step >= config.quantize_after:
+        codes = f"codes in use {figures['codebook_usage']:.1%}, perplexity {figures['codebook_perplexity']:.1f}"
+    run.log.print(f"PSNR {figures['psnr_db']:.2f} dB, {codes}", f"step {step + 1}")
     return figures
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def _draw(run: TrainingRun, dataset: ImageDataset, step: int) -> None:
+def _draw(run: TrainingRun, config: TokenizerTrainingConfig, dataset: ImageDataset, step: int) -> None:
     """Reconstructions of the first images of a split."""
     if not run.is_main:
         return
     model = run.evaluated_model.eval()
     batch = next(iter(image_batches(dataset, in_order(len(dataset), 16)[:1], run.device, 0)))
     with run.accelerator.autocast():
-        reconstruction = model(batch.images).reconstruction
+        reconstruction = model(batch.images, quantize=step >= config.quantize_after).reconstruction
     run.log.picture(step, "reconstructions", reconstruction_grid(batch.images, reconstruction.clamp(-1, 1)))
     run.unwrapped.train()

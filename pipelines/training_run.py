@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +20,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import RunConfig
 from pipelines.checkpoints import TrainedState, load_random_state, load_trained_state, save_checkpoint
-from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator, peak_memory_mib
+from pipelines.devices import describe_hardware, make_accelerator, peak_memory_mib
 from pipelines.index_stream import IndexStream
 from pipelines.optimization import learning_rate, make_optimizer
 from pipelines.run_folder import (
@@ -54,13 +52,15 @@ class TrainingRun:
         start_step: optimizer steps done by earlier sittings.
         total_steps: optimizer steps in all; set by `plan`.
         model: what the loop calls, after `prepare`; `unwrapped` is the model itself.
+        second: a second module that is trained beside it, wrapped as `model` is.
     """
 
     model: nn.Module
     unwrapped: PreTrainedModel
-    optimizer: Any
+    trained: TrainedState
     total_steps = 0
     averaged: AveragedModel | None = None
+    second: nn.Module | None = None
     locked: IO[str] | None = None
 
     def __init__(self, config: RunConfig) -> None:
@@ -123,25 +123,39 @@ class TrainingRun:
         for name, value in rows.items():
             self.log.print(value, name)
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Put model and optimizer on the device, with the state of the newest checkpoint where there is one."""
+    def prepare(self, model: PreTrainedModel, second: nn.Module | None = None, second_rate: float = 1.0) -> None:
+        """Put model and optimizer on the device, with the state of the newest checkpoint where there is one.
+
+        Args:
+            model: what is trained, saved and evaluated.
+            second: a module that is trained beside it by an optimizer of its own, such as a discriminator.
+            second_rate: its learning rate, in units of the model's.
+        """
         if self.is_main:
             self.locked = lock(self.folder)
             write_config(self.folder, self.recorded)
             discard_checkpoints_after(self.folder, self.start_step)
         self.log.cut_after(self.start_step)
         model.to(self.device)
-        optimizer = make_optimizer(self.config, model)
+        modules: dict[str, nn.Module] = {"model": model}
+        optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": make_optimizer(self.config, model)}
+        if second is not None:
+            modules["second"] = second.to(self.device)
+            optimizers["second_optimizer"] = make_optimizer(self.config, second, second_rate)
         if self.config.weight_ema:
             # Parameters are averaged; buffers (EMA codebooks, batch norms) are copied from the model.
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.weight_ema))
-            self.averaged.requires_grad_(False)
+            modules["average"] = self.averaged.requires_grad_(False)
         state: dict[str, Any] = {}
+        self.trained = TrainedState(modules, optimizers)
         if self.checkpoint is not None:
-            state = load_trained_state(self.checkpoint, TrainedState(model, self.averaged, optimizer))
+            state = load_trained_state(self.checkpoint, self.trained)
             self.earlier_seconds = state["seconds"]
         self.unwrapped = model
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model = self.accelerator.prepare(model)
+        self.second = None if second is None else self.accelerator.prepare(second)
+        for name, optimizer in optimizers.items():
+            optimizers[name] = self.accelerator.prepare(optimizer)
         if self.checkpoint is not None:
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -151,13 +165,13 @@ class TrainingRun:
             settings = {k: v for k, v in flatten(self.recorded).items() if isinstance(v, int | float | str | bool)}
             self.accelerator.init_trackers(self.config.project, settings)
 
-    def stream(self, num_items: int) -> IndexStream:
-        """The training items of this process, from the first step that is left."""
+    def stream(self, num_items: int, start_step: int | None = None) -> IndexStream:
+        """The training items of this process, from a step on, by default the first that is left."""
         return IndexStream(
             num_items,
             self.config.batch_size,
             seed=self.config.seed,
-            start_step=self.start_step,
+            start_step=self.start_step if start_step is None else start_step,
             accumulation_steps=self.config.accumulation_steps,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
@@ -187,7 +201,7 @@ class TrainingRun:
         with self.bar, self.stop:
             for step in range(self.start_step, self.total_steps):
                 # The schedule is written out: accelerate would step a prepared one once per process.
-                for group in self.optimizer.param_groups:
+                for group in chain(*(optimizer.param_groups for optimizer in self.trained.optimizers.values())):
                     group["lr"] = group["scale"] * learning_rate(self.config, step, self.total_steps)
                 yield step
                 self.bar.update()
@@ -204,9 +218,16 @@ class TrainingRun:
     def optimizer_step(self) -> None:
         """Clip, step and clear the gradients at the end of the accumulation; nothing before it."""
         if self.accelerator.sync_gradients and self.config.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            for module in self.models:
+                self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
+        for optimizer in self.trained.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """What is trained, as the loop calls it."""
+        return [self.model] if self.second is None else [self.model, self.second]
 
     def update_average(self) -> None:
         """Move the weight EMA, where it is on; after the optimizer and the codebooks have moved."""
@@ -227,9 +248,8 @@ class TrainingRun:
 
     def save_checkpoint(self, step: int) -> None:
         """Write a checkpoint after this step, counted from 0."""
-        trained = TrainedState(self.unwrapped, self.averaged, self.optimizer)
         keep = self.config.keep_checkpoints
-        save_checkpoint(self.accelerator, self.folder, step + 1, self.seconds, trained, keep=keep)
+        save_checkpoint(self.accelerator, self.folder, step + 1, self.seconds, self.trained, keep=keep)
 
     def finish(self, figures: dict[str, float]) -> None:
         """Save the final model, and the result that marks the run as complete."""
@@ -258,35 +278,6 @@ class TrainingRun:
         flag = torch.tensor(float(self.stop.requested), device=self.device)
         stops: Tensor = self.accelerator.reduce(flag, "sum")
         return bool(stops > 0)
-
-
-@contextmanager
-def open_run(config: RunConfig) -> Iterator[TrainingRun]:
-    """A run for `config`; out of memory is explained, trackers are closed, and a dry run leaves nothing behind."""
-    advice = f"lower batch_size={config.batch_size}, or raise accumulation_steps={config.accumulation_steps}"
-    scratch = Path(config.output_dir).with_name(f".{Path(config.output_dir).name}.dry-run")  # all processes know it
-    if config.dry_run:
-        shutil.rmtree(scratch, ignore_errors=True)
-        config = dataclasses.replace(
-            config, steps=2, epochs=None, output_dir=str(scratch), tracker="none", resume="auto"
-        )
-        config = dataclasses.replace(config, log_every=1, validate_every=1, sample_every=1, checkpoint_every=1)
-    try:
-        with explain_out_of_memory(advice):
-            run = TrainingRun(config)
-            try:
-                yield run
-            finally:
-                if config.tracker != "none":
-                    run.accelerator.end_training()
-                if run.locked is not None:
-                    run.locked.close()
-        if config.dry_run:
-            memory = f"peak memory {peak_memory_mib(run.device):,} MiB"
-            run.log.print(f"dry run: two steps, a checkpoint, a picture and a saved model all went well; {memory}")
-    finally:
-        if config.dry_run:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make_accelerator(config: RunConfig) -> Accelerator:

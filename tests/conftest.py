@@ -28,6 +28,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY_MODEL = ["model.name=vqvae", "model.channels=8", "model.residual_channels=4", "model.latent_dim=4"]
+TINY_VQGAN = ["model.name=vqgan", "model.channels=8", "model.channel_multipliers=[1,2]", "model.num_residual_blocks=1"]
+TINY_VQGAN += ["model.z_channels=8", "model.latent_dim=4"]
+ADVERSARIAL = ["objective.adversarial_weight=0.5", "objective.adversarial_start=2", "objective.lecam_weight=0.1"]
+ADVERSARIAL += ["objective.discriminator.channels=4", "objective.discriminator.num_layers=1"]
 TINY_QUANTIZER = ["quantizer.name=ema", "quantizer.vocab_size=16"]
 TINY_RUN = ["batch_size=4", "log_every=1", "validate_every=2", "sample_every=0", "checkpoint_every=2", "warmup_steps=2"]
 TINY_PRIOR = ["model.name=gpt", "model.width=16", "model.num_layers=2", "model.num_heads=2"]

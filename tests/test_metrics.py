@@ -108,3 +108,15 @@ def test_the_nearest_distance_to_a_set_with_the_image_itself_is_zero(n):
 def test_the_mean_pairwise_distance_is_over_pairs_of_different_images():
     images = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     assert metrics.mean_pairwise_distance(images) == pytest.approx((1 + 3 + 2) / 3, rel=1e-6)
+
+
+def test_the_laplacian_energy_is_that_of_the_definition_and_zero_for_ramps():
+    images = torch.rand(2, 3, 5, 6)
+    expected = []
+    for image in images:
+        inner = image[:, 1:-1, 1:-1]
+        around = image[:, :-2, 1:-1] + image[:, 2:, 1:-1] + image[:, 1:-1, :-2] + image[:, 1:-1, 2:]
+        expected.append((around - 4 * inner).square().mean())
+    torch.testing.assert_close(metrics.laplacian_energy(images), torch.stack(expected))
+    ramp = torch.arange(30.0).view(1, 1, 5, 6) / 30
+    assert metrics.laplacian_energy(ramp).item() < 1e-10

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN
+from conftest import ADVERSARIAL, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
 from safetensors.torch import load_file
 
 from configs.loading import load_config
@@ -73,6 +73,19 @@ def test_a_tokenizer_trained_by_two_processes_equals_that_of_one(
     require_same_training(one, tmp_path / "two")
     assert ImageTokenizer.from_pretrained(tmp_path / "two").fingerprint
     assert len(list((tmp_path / "two" / "checkpoints" / "step-00000004").glob("random-*"))) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["quantize_after=2"]], ids=["discriminator", "warm-up"])
+def test_a_vqgan_trained_by_two_processes_equals_that_of_one(
+    root: Path, image_folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    common = [*TINY_VQGAN, *ADVERSARIAL, *TINY_QUANTIZER, *TINY_RUN, "steps=4", "data.image_size=16", *options]
+    common += ["mixed_precision=no", f"data.dataset={image_folder}", "data.num_workers=0", "learning_rate=0.0001"]
+    one = train_tokenizer(load_config(TokenizerTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
+    two_processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    require_same_training(one, tmp_path / "two")
+    last = "checkpoints/step-00000004/second.safetensors"
+    torch.testing.assert_close(load_file(tmp_path / "two" / last), load_file(one / last), rtol=0, atol=1e-4)
 
 
 def test_a_prior_trained_by_two_processes_equals_that_of_one(root: Path, code_folder: Path, tmp_path: Path) -> None:

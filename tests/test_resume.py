@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN
+from conftest import ADVERSARIAL, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from configs.loading import load_config
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
@@ -27,6 +27,7 @@ from pipelines import train_prior, train_tokenizer
 
 STEPS = 7
 
+SPECTRAL = ["objective.discriminator.spectral_norm=true", "objective.discriminator.norm=batch"]
 OPTIONS = {
     "ema with revival": ("tokenizer", ["quantizer.revive_after=2"]),
     "vq with revival": ("tokenizer", ["quantizer.name=vq", "quantizer.revive_after=2"]),
@@ -34,6 +35,12 @@ OPTIONS = {
     "batches over two epochs": ("tokenizer", ["batch_size=8"]),
     "random crop and flip": ("tokenizer", ["data.crop=random", "data.flip=true", "data.num_workers=0"]),
     "batch norm": ("tokenizer", ["model.norm=batch", "weight_ema=0.9"]),
+    "vqgan with discriminator": ("tokenizer", [*TINY_VQGAN, *ADVERSARIAL]),
+    "discriminator with spectral norm, R1 and accumulation": (
+        "tokenizer",
+        [*ADVERSARIAL, *SPECTRAL, "objective.r1_weight=1", "objective.r1_every=2", "accumulation_steps=2"],
+    ),
+    "encoder warm-up": ("tokenizer", ["quantize_after=3", "quantizer.codebook_start=kmeans"]),
     "gpt with dropout and weight EMA": ("prior", ["model.dropout=0.2", "weight_ema=0.9"]),
     "gpt with accumulation": ("prior", ["model.dropout=0.2", "accumulation_steps=2", "sample_every=2"]),
 }
@@ -51,7 +58,7 @@ def train(tmp_path: Path, image_folder: Path, code_folder: Path) -> Train:
             given = [*TINY_PRIOR, *common, f"codes={code_folder}", *overrides]
             return train_prior(load_config(PriorTrainingConfig, None, given))
         given = [
-            *TINY_MODEL,
+            *([] if "model.name=vqgan" in overrides else TINY_MODEL),
             *TINY_QUANTIZER,
             *common,
             "data.image_size=16",
@@ -65,9 +72,15 @@ def train(tmp_path: Path, image_folder: Path, code_folder: Path) -> Train:
 
 @contextmanager
 def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Act right after the optimizer's step number `step`, counted from 1, from inside the running step."""
-    count = itertools.count(1)
-    handle = register_optimizer_step_post_hook(lambda *_: act() if next(count) == step else None)
+    """Act right after the first optimizer's step number `step`, counted from 1, from inside the running step."""
+    count, first = itertools.count(1), []
+
+    def look(optimizer: Optimizer, *_: Any) -> None:
+        first.append(optimizer)
+        if optimizer is first[0] and next(count) == step:
+            act()
+
+    handle = register_optimizer_step_post_hook(look)
     try:
         yield
     finally:

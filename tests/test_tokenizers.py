@@ -16,6 +16,8 @@ from tokenizer.quantizers import QUANTIZERS, Quantizer
 from tokenizer.vqvae import VQVAEConfig
 
 TINY = {"channels": 8, "residual_channels": 4, "latent_dim": 4, "downsampling_factor": 4}
+TINY |= {"channel_multipliers": [1, 2, 2], "num_residual_blocks": 1, "z_channels": 8}
+TINY_VQVAE = {k: v for k, v in TINY.items() if k in options_of(TOKENIZER_CONFIGS["vqvae"])}
 SIZES = [[16, 16], [16, 24]]
 
 
@@ -143,7 +145,7 @@ def test_the_vqvae_trains_with_every_norm_and_factor(norm, factor):
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_seeds_decide_what_a_tokenizer_draws_in_training(name):
-    tokenizer = build_tokenizer({"name": "vqvae", **TINY}, tiny_block(VARIANTS[name]), image_size=16).train()
+    tokenizer = build_tokenizer({"name": "vqvae", **TINY_VQVAE}, tiny_block(VARIANTS[name]), image_size=16).train()
     images = images_for(tokenizer, 6)
     one, same, other = (tokenizer(images, torch.arange(6) + first).reconstruction for first in (0, 0, 6))
     assert torch.equal(one, same)
@@ -154,7 +156,9 @@ def test_seeds_decide_what_a_tokenizer_draws_in_training(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_vqvae_trains_and_codes_with_every_quantizer(name):
-    tokenizer = build_tokenizer({"name": "vqvae", **TINY}, tiny_block(VARIANTS[name]), image_size=[16, 24]).train()
+    tokenizer = build_tokenizer(
+        {"name": "vqvae", **TINY_VQVAE}, tiny_block(VARIANTS[name]), image_size=[16, 24]
+    ).train()
     images = images_for(tokenizer)
     output = tokenizer(images, torch.arange(2))
     ((output.reconstruction - images).square().mean() + sum(output.losses.values())).backward()

@@ -5,9 +5,11 @@ from typing import Any
 
 from configs.loading import check_options
 from tokenizer.base import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
+from tokenizer.vqgan import VQGAN
 from tokenizer.vqvae import VQVAE
 
 TOKENIZERS: dict[str, type[ImageTokenizer]] = {
+    "vqgan": VQGAN,
     "vqvae": VQVAE,
 }
 

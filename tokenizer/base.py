@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from configs.layout import CodeLayout
 from configs.pretrained import StrictConfig, StrictLoading
 from configs.schema import ImagePreprocessing
+from configs.validation import did_you_mean
+from tokenizer.pixels import OUTPUTS_PER_CHANNEL, images_of
 from tokenizer.quantizers import Quantizer
 
 
@@ -23,7 +25,8 @@ class ImageTokenizerConfig(StrictConfig):
     """What every tokenizer's config holds.
 
     The training writes `image_size` [height, width], `background` and `interpolation` (together with `in_channels` the
-    preprocessing of images), `quantizer` (its name and options) and, on saving, the `fingerprint`.
+    preprocessing of images), `quantizer` (its name and options), what the decoder's outputs are (`decoder_output`) and,
+    on saving, the `fingerprint`.
     """
 
     image_size: list[int] | int = 32
@@ -31,15 +34,23 @@ class ImageTokenizerConfig(StrictConfig):
     interpolation: str = "bicubic"
     quantizer: dict[str, Any] | None = None
     fingerprint: str | None = None
+    decoder_output: str = "values"
     in_channels: int = 3
     """Channels of images: 1 for grey, 3 for colour."""
 
     # Fields that do not decide codes; a subclass adds those of its decoder.
-    not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"fingerprint"})
+    not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"fingerprint", "decoder_output"})
 
     def validate(self) -> None:
+        if self.decoder_output not in OUTPUTS_PER_CHANNEL:
+            raise ValueError(did_you_mean(self.decoder_output, OUTPUTS_PER_CHANNEL, "decoder_output"))
         self.quantizer = self.quantizer or {"name": "ema"}
         self.image_size = list(self.preprocessing.size)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the decoder's outputs."""
+        return self.in_channels * OUTPUTS_PER_CHANNEL[self.decoder_output]
 
     @property
     def preprocessing(self) -> ImagePreprocessing:
@@ -58,6 +69,8 @@ class TokenizerOutput:
 
     reconstruction: Tensor
     """`(B, C, H, W)`, about [-1, 1], not clamped."""
+    outputs: Tensor
+    """What the decoder gives, `(B, config.out_channels, H, W)`; the reconstruction itself where it gives values."""
     codes: Tensor
     """`(B, *code_layout.shape)` int64."""
     losses: dict[str, Tensor]
@@ -88,7 +101,12 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images `(B, C, H, W)`, not clamped, of quantized latents `(B, D, *grid)`."""
+        """Outputs `(B, config.out_channels, H, W)` of quantized latents `(B, D, *grid)`: see `pixels.images_of`."""
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights of the decoder's last layer."""
+        return [parameter for parameter in self.decoder.parameters() if parameter.ndim > 1][-1]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -120,19 +138,22 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
             raise ValueError(f"expected images as floating point in [-1, 1], got {images.dtype}")
         return images.to(self.dtype)
 
-    def forward(self, images: Tensor, seeds: Tensor | None = None) -> TokenizerOutput:
+    def forward(self, images: Tensor, seeds: Tensor | None = None, *, quantize: bool = True) -> TokenizerOutput:
         """Encode, quantize and decode images `(B, C, H, W)` in [-1, 1].
 
         Args:
             images: as said.
             seeds: `(B,)` int64, one an image and step, for quantizers that draw random numbers in training.
+            quantize: False decodes the latents themselves, through the quantizer's projections; there are no codes.
 
         Raises:
             ValueError: where the images have another shape or are integers.
         """
-        quantized = self.quantizer(self.encode_latents(self._check_images(images)), seeds)
-        reconstruction = self.decode_latents(quantized.quantized.to(self.dtype))
-        return TokenizerOutput(reconstruction, quantized.codes, quantized.losses, quantized.metrics)
+        latents = self.encode_latents(self._check_images(images))
+        quantized = self.quantizer(latents, seeds) if quantize else self.quantizer.pass_through(latents)
+        outputs = self.decode_latents(quantized.quantized.to(self.dtype))
+        reconstruction = images_of(outputs, self.config.decoder_output, differentiable=self.training)
+        return TokenizerOutput(reconstruction, outputs, quantized.codes, quantized.losses, quantized.metrics)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -152,7 +173,8 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
                 raise ValueError(
                     f"codes of [{grid}] are in [0, {grid.vocab_size}), got {int(part.min())} to {int(part.max())}"
                 )
-        return self.decode_latents(self.quantizer.decode(grids).to(self.dtype)).clamp(-1, 1)
+        outputs = self.decode_latents(self.quantizer.decode(grids).to(self.dtype))
+        return images_of(outputs, self.config.decoder_output).clamp(-1, 1)
 
     def freeze_codes(self) -> None:
         """Leave only the decoder to train: encoder and quantizer keep their values, and so every code."""

@@ -84,7 +84,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents `(B, D, H / factor, W / factor)` to images `(B, C, H, W)`."""
+    """Latents `(B, D, H / factor, W / factor)` to outputs `(B, config.out_channels, H, W)`."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         layers: list[nn.Module] = [
@@ -94,7 +94,7 @@ class Decoder(nn.Sequential):
         widths = _widths(config)
         channels = config.channels
         for width in [*reversed(widths[:-1]), None]:
-            layers.append(nn.ConvTranspose2d(channels, width or config.in_channels, 4, stride=2, padding=1))
+            layers.append(nn.ConvTranspose2d(channels, width or config.out_channels, 4, stride=2, padding=1))
             if width is not None:
                 layers.append(nn.ReLU())
                 channels = width

@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import tempfile
 
 import torch
+from torch import Tensor
 
 from configs.schema import TokenizerTrainingConfig
 from pipelines.benchmarks.harness import Run
-from pipelines.devices import make_accelerator
-from pipelines.optimization import make_optimizer
-from tokenizer import build_tokenizer
-from tokenizer.objective import reconstruction_losses
+from pipelines.tokenizer_training import learn, make_tokenizer, prepare_models
+from pipelines.training_run import TrainingRun
+from tokenizer.objective import TokenizerObjective
 
 
 def tokenizer_step(config: TokenizerTrainingConfig) -> Run:
-    """Set up a fresh tokenizer and a batch of noise; each call is one optimizer step on it.
+    """Set up a fresh tokenizer and a batch of noise; each call is one optimizer step on it, in the middle of training.
 
     Returns:
         A function without arguments that returns the loss, a detached scalar.
     """
-    accelerator = make_accelerator(config.mixed_precision)
-    tokenizer = build_tokenizer(config.model, config.quantizer, image_size=config.data.image_size)
-    torch.nn.Module.to(tokenizer, memory_format=torch.channels_last)
-    tokenizer.to(accelerator.device)
-    model, optimizer = accelerator.prepare(tokenizer, make_optimizer(config, tokenizer))
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (config.batch_size, *tokenizer.image_shape)
-    images = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-    images = images.to(accelerator.device, memory_format=torch.channels_last)
-    seeds = torch.arange(config.batch_size, device=accelerator.device)
-    steps = itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+        run = TrainingRun(dataclasses.replace(config, output_dir=folder))
+        run.plan(config.batch_size)
+        tokenizer = make_tokenizer(config)
+        objective = TokenizerObjective(config.objective, tokenizer, run.total_steps)
+        prepare_models(run, config, tokenizer, objective)
+        assert run.locked is not None
+        run.locked.close()
+    images = torch.rand((config.batch_size, *tokenizer.image_shape)) * 2 - 1
+    images = images.to(run.device, memory_format=torch.channels_last)
+    seeds = torch.arange(config.batch_size, device=run.device)
+    steps = itertools.count(max(config.quantize_after, objective.adversarial_start))
     tokenizer.train()
+    tokenizer.quantizer.anneal(0.5)
 
-    def run() -> torch.Tensor:
-        step = next(steps)
-        tokenizer.quantizer.anneal(0.5)
-        output = model(images, seeds)
-        losses = reconstruction_losses(config.objective, images, output.reconstruction) | output.losses
-        loss = torch.stack(list(losses.values())).sum()
-        accelerator.backward(loss)
-        if config.max_grad_norm:
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        tokenizer.quantizer.update(step)
-        return loss.detach()
+    def step() -> Tensor:
+        number = next(steps)
+        parts = zip(images.chunk(config.accumulation_steps), seeds.chunk(config.accumulation_steps), strict=True)
+        losses = [learn(run, config, objective, *part, number)[1]["loss"].detach() for part in parts]
+        tokenizer.quantizer.update(number)
+        run.update_average()
+        return torch.stack(losses).mean()
 
-    return run
+    return step

@@ -140,6 +140,14 @@ class Quantizer(nn.Module, ABC):
             output.quantized = _channels_last(self.project_out, output.quantized)
         return output
 
+    def pass_through(self, latents: Tensor) -> QuantizerOutput:
+        """Latents `(B, D, *grid)` through the projections, but not quantized: no code is chosen, codes are empty."""
+        with float32_only(latents.device.type):
+            quantized = _channels_last(self.project_out, _channels_last(self.project_in, latents.float()))
+            # Data parallel training waits for a gradient of every parameter.
+            quantized = quantized + sum(parameter.sum() * 0 for parameter in self.parameters())
+        return QuantizerOutput(quantized, torch.empty(0, dtype=torch.int64, device=latents.device))
+
     def decode(self, codes: Tensor | Sequence[Tensor]) -> Tensor:
         """The latents `(B, D, *grid)` float32 that codes stand for.
 

@@ -1,0 +1,38 @@
+"""torch.compile for the parts of a tokenizer's training, which keep their names."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer import ImageTokenizer
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise a ValueError where nothing can be compiled."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise ValueError("compile=true needs a C++ compiler: install g++ or clang++, or name one in CXX")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile=true on a GPU needs the package triton: pip install triton")
+
+
+def compile_tokenizer(tokenizer: ImageTokenizer) -> None:
+    """Let encoder and decoder be compiled when they are first called; state dicts stay as they are.
+
+    The decoder's last layer stays out, because the adaptive weight asks for gradients there, and would have to go
+    through all that is compiled together with it.
+    """
+    tokenizer.encoder.compile()
+    decoder = tokenizer.decoder
+    assert isinstance(decoder, nn.Sequential)
+    body = torch.compile(nn.Sequential(*list(decoder)[:-1]))
+
+    def forward(latents: Tensor) -> Tensor:
+        return decoder[-1](body(latents))
+
+    decoder.forward = forward  # type: ignore[method-assign]
