@@ -114,13 +114,7 @@ def prepare_models(
 ) -> None:
     """Put what is trained on the device, in the memory order and with the options that make it fast or small."""
     if config.activation_checkpointing:
-        if not tokenizer.supports_gradient_checkpointing:
-            raise ValueError(
-                f"activation_checkpointing is for vqgan; {config.model['name']} has no blocks to checkpoint"
-            )
-        # transformers has renamed it.
-        enable = getattr(tokenizer, "activation_checkpointing_enable", None) or tokenizer.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        tokenizer.checkpoint_activations()
     if config.compile:
         require_compiler(run.device)
     if objective.perceptual is not None:

@@ -189,7 +189,7 @@ def test_the_peer_is_not_tried_where_its_scores_do_not_fit():
     [
         (("quantisers",), "unknown section 'quantisers'; did you mean 'quantizers'"),
         (("quantizers", "ema-1024"), "unknown case 'ema-1024'; did you mean 'ema-1024-8'"),
-        (("quantizers", None, "vqtorch"), f"unknown peer 'vqtorch'; choose one of {PEER}"),
+        (("quantizers", None, "vqtorch"), f"unknown peer 'vqtorch'; choose one of diffusers, {PEER}"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(arguments, says):

@@ -203,7 +203,7 @@ def checkpointing_pair() -> tuple[VQGAN, VQGAN, Tensor]:
     """Two tokenizers in training with the same weights, of which the second repeats its blocks; and images."""
     plain = small([16, 24], "ema", attention_levels=[-1]).train()
     repeating = copy.deepcopy(plain)
-    repeating.gradient_checkpointing_enable({"use_reentrant": False})
+    repeating.checkpoint_activations()
     return plain, repeating, images_for(plain)
 
 

@@ -183,6 +183,19 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         self.decoder.requires_grad_(True)
         self.train(self.training)
 
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of blocks only, and compute what is inside again in the backward pass.
+
+        Raises:
+            ValueError: where the network has no such blocks.
+        """
+        if not self.supports_gradient_checkpointing:
+            name = self.config.model_type.removeprefix("tessera-")
+            raise ValueError(f"activation_checkpointing is for vqgan; {name} has no blocks to checkpoint")
+        # transformers has renamed it.
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self._codes_frozen:

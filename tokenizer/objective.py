@@ -106,7 +106,8 @@ class TokenizerObjective:
 
     def _terms(self, images: Tensor, outputs: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """All terms but the adversarial one."""
-        config, kind = self.config, self.config.reconstruction
+        config = self.config
+        kind = config.reconstruction
         if kind == "l1":
             error = F.l1_loss(reconstruction.float(), images.float())
         elif kind == "l2":
