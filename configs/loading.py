@@ -87,12 +87,11 @@ def _default_blocks(cls: type[Schema]) -> dict[str, Any]:
     """The defaults of a schema's free blocks, those of the schemas inside it too."""
     defaults: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-            if f.name in BLOCKS:
-                defaults[f.name] = default
-            elif isinstance(default, Schema) and (inner := _default_blocks(type(default))):
-                defaults[f.name] = inner
+        default = _default_of(f)
+        if f.name in BLOCKS:
+            defaults[f.name] = default
+        elif isinstance(default, Schema) and (inner := _default_blocks(type(default))):
+            defaults[f.name] = inner
     return defaults
 
 
@@ -127,6 +126,7 @@ def options_of(factory: Callable[..., Any]) -> dict[str, tuple[str, str, str]]:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, or MISSING."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -170,9 +170,7 @@ def help_text(cls: type[Schema], choices: Choices | None = None) -> str:
             if isinstance(hint, type) and issubclass(hint, Schema):
                 walk(hint, f"{prefix}{f.name}.")
                 continue
-            default: Any = f.default
-            if f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
+            default = _default_of(f)
             if f.name in choices:
                 describe(f"{prefix}{f.name}.name", " | ".join(choices[f.name]), str(default["name"]), docs[f.name])
                 for name, factory in choices[f.name].items():

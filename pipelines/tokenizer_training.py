@@ -29,8 +29,8 @@ from pipelines.pictures import reconstruction_grid
 from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from tokenizer import ImageTokenizer, build_tokenizer
+from tokenizer.collectives import gather_rows
 from tokenizer.objective import TokenizerObjective
-from tokenizer.quantizers.collectives import gather_rows
 
 
 def train_tokenizer(config: TokenizerTrainingConfig) -> Path:

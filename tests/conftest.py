@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Before any import of the libraries: a test never asks a server for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.loading import load_config
 from configs.schema import EncodingConfig, PriorTrainingConfig, TokenizerTrainingConfig
@@ -35,6 +42,27 @@ ADVERSARIAL += ["objective.discriminator.channels=4", "objective.discriminator.n
 TINY_QUANTIZER = ["quantizer.name=ema", "quantizer.vocab_size=16"]
 TINY_RUN = ["batch_size=4", "log_every=1", "validate_every=2", "sample_every=0", "checkpoint_every=2", "warmup_steps=2"]
 TINY_PRIOR = ["model.name=gpt", "model.width=16", "model.num_layers=2", "model.num_heads=2"]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about a split."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+@contextmanager
+def watching_optimizer_steps(look: Callable[[torch.optim.Optimizer], Any]) -> Iterator[list[Any]]:
+    """What `look` says of the optimizer right before each of its steps."""
+    seen: list[Any] = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(look(optimizer)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @pytest.fixture(autouse=True)

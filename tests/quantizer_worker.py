@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tokenizer.collectives import gather_rows
 from tokenizer.quantizers import Quantizer, QuantizerOutput, build_quantizer
-from tokenizer.quantizers.collectives import gather_rows
 
 TIMEOUT = timedelta(seconds=10)
 """For one collective: a case that hangs fails."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import ADVERSARIAL, TINY_MODEL, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
+from conftest import (
+    ADVERSARIAL,
+    TINY_MODEL,
+    TINY_QUANTIZER,
+    TINY_RUN,
+    TINY_VQGAN,
+    metrics,
+    watching_optimizer_steps,
+    weights,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from configs.loading import load_config
 from configs.schema import TokenizerTrainingConfig
@@ -40,33 +46,13 @@ def train(tmp_path: Path, image_folder: Path) -> Train:
     return run
 
 
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model.safetensors")
-
-
-def metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
-@contextmanager
-def watching_gradients() -> Iterator[list[list[Tensor]]]:
-    """The gradients that each step of each optimizer is given."""
-    seen: list[list[Tensor]] = []
-
-    def look(optimizer: Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        seen.append([p.grad.clone() for p in parameters if p.grad is not None])
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p.grad.clone() for p in parameters if p.grad is not None]
 
 
 def test_each_term_is_logged_by_name_from_the_step_on_that_has_it(train):
@@ -137,9 +123,9 @@ def test_every_reconstruction_trains_saves_and_decodes(train, kind, model):
 def test_accumulation_equals_the_large_batch_where_terms_are_linear_in_the_samples(train, options):
     linear = [*ADVERSARIAL, *FEW_STEPS, "objective.adaptive_weight=false", "objective.lecam_weight=0"]
     linear += [*options, "quantizer.name=fsq", "quantizer.levels=[4,4]", "quantizer.entropy_weight=0", "steps=2"]
-    with watching_gradients() as one:
+    with watching_optimizer_steps(gradients) as one:
         train(*linear, name="one")
-    with watching_gradients() as two:
+    with watching_optimizer_steps(gradients) as two:
         train(*linear, "accumulation_steps=2", name="two")
     assert len(one) == len(two) == 4  # of tokenizer and discriminator, in both steps
     for mine, theirs in zip(two[:2], one[:2], strict=True):

@@ -6,18 +6,16 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN
+from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, metrics, watching_optimizer_steps, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.loading import load_config, read_yaml
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
@@ -62,28 +60,8 @@ def training(request: pytest.FixtureRequest) -> Train:
     return request.getfixturevalue(request.param)
 
 
-def metrics(run: Path, split: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model.safetensors")
-
-
 def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-@contextmanager
-def watching_optimizer_steps(look: Callable[[torch.optim.Optimizer], float]) -> Iterator[list[float]]:
-    """What `look` says of the optimizer right before each of its steps."""
-    seen: list[float] = []
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(look(optimizer)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:

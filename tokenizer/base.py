@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -18,7 +17,7 @@ from configs.pretrained import StrictConfig, StrictLoading
 from configs.schema import ImagePreprocessing
 from configs.validation import did_you_mean
 from tokenizer.pixels import OUTPUTS_PER_CHANNEL, images_of
-from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers import Quantizer, build_quantizer
 
 
 class ImageTokenizerConfig(StrictConfig):
@@ -95,13 +94,39 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
     decoder: nn.Module
     _codes_frozen = False
 
-    @abstractmethod
+    def assemble(
+        self,
+        encoder: Callable[[Any], nn.Module],
+        decoder: Callable[[Any], nn.Module],
+        latent_dim: int,
+        downsampling_factor: int,
+    ) -> None:
+        """Build the three parts from the config; the last line of a subclass's constructor.
+
+        Args:
+            encoder: makes one from the config: images `(B, C, H, W)` to latents `(B, D, *grid)`.
+            decoder: likewise: latents to outputs `(B, config.out_channels, H, W)`.
+            latent_dim: D.
+            downsampling_factor: pixels of a position's side.
+
+        Raises:
+            ValueError: where the image size is not a multiple of the downsampling factor.
+        """
+        self.downsampling_factor = downsampling_factor
+        self.check_size_fits()
+        assert self.config.quantizer is not None
+        self.encoder = encoder(self.config)
+        self.quantizer = build_quantizer(self.config.quantizer, latent_dim)
+        self.decoder = decoder(self.config)
+        self.post_init()
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Latents `(B, D, *grid)` of images `(B, C, H, W)`, before quantization."""
+        return self.encoder(images)
 
-    @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Outputs `(B, config.out_channels, H, W)` of quantized latents `(B, D, *grid)`: see `pixels.images_of`."""
+        return self.decoder(latents)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from configs.loading import check_options
 from configs.validation import Count, Range, checked
-from tokenizer.quantizers.collectives import mean_over_processes
+from tokenizer.collectives import mean_over_processes
+from tokenizer.norms import Norm, normalization
 
-Norm = Literal["none", "group", "batch"]
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 
 
@@ -55,7 +55,10 @@ class PatchGAN(nn.Sequential):
         layers: list[nn.Module] = []
         for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
             convolution = nn.Conv2d(in_channels, width, 4, stride, 1, bias=i == 0 or norm != "batch")
-            layers += [_spectral(convolution, spectral_norm), *_norm(norm if i else "none", width), nn.LeakyReLU(0.2)]
+            layers.append(_spectral(convolution, spectral_norm))
+            if i and norm != "none":
+                layers.append(normalization(norm, width))
+            layers.append(nn.LeakyReLU(0.2))
             in_channels = width
         super().__init__(*layers, _spectral(nn.Conv2d(in_channels, 1, 4, 1, 1), spectral_norm))
         for module in self.modules():
@@ -130,12 +133,6 @@ class _HalvingBlock(nn.Module):
     def _halve(self, x: Tensor) -> Tensor:
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
-
-
-def _norm(norm: Norm, channels: int) -> list[nn.Module]:
-    if norm == "group":
-        return [nn.GroupNorm(math.gcd(32, channels), channels)]
-    return [nn.BatchNorm2d(channels)] if norm == "batch" else []
 
 
 def _spectral(layer: nn.Module, wanted: bool) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from configs.objective import ObjectiveConfig
 from tokenizer.base import ImageTokenizer, TokenizerOutput
+from tokenizer.collectives import mean_over_processes
 from tokenizer.discriminator import (
     LeCAM,
     build_discriminator,
@@ -18,7 +19,6 @@ from tokenizer.discriminator import (
 )
 from tokenizer.perceptual import LPIPS
 from tokenizer.pixels import images_of, negative_log_likelihood
-from tokenizer.quantizers.collectives import mean_over_processes
 
 
 class Adversary(nn.Module):

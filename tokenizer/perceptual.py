@@ -34,10 +34,10 @@ class LPIPS(nn.Module):
 
     def __init__(self, file: str | None = None) -> None:
         super().__init__()
-        weights = _vgg_weights(file)
         with torch.device("meta"):
             features = vgg16().features
-        features.load_state_dict(weights, assign=True)
+        shapes = {name: tensor.shape for name, tensor in features.state_dict().items()}
+        features.load_state_dict(_vgg_weights(file, shapes), assign=True)
         layers = [layer if not isinstance(layer, nn.ReLU) else nn.ReLU() for layer in features]  # not in place
         self.stages = nn.ModuleList(nn.Sequential(*layers[start:end]) for start, end in pairwise(_STAGES))
         for i, weight in enumerate(_linear_weights()):
@@ -78,8 +78,8 @@ def _linear_weights() -> list[Tensor]:
     return [saved[f"lin{i}.model.1.weight"].float() for i in range(len(_STAGES) - 1)]
 
 
-def _vgg_weights(file: str | None) -> dict[str, Tensor]:
-    """The tensors of vgg16.features, by names such as 0.weight."""
+def _vgg_weights(file: str | None, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of vgg16.features, by names such as 0.weight, which are to have these shapes."""
     url = VGG16_Weights.IMAGENET1K_V1.url
     advice = f"download {url} and give objective.perceptual_file=PATH; objective.perceptual_weight=0 goes on without"
     source = f"objective.perceptual_file={file}" if file is not None else "the file that torchvision has downloaded"
@@ -96,17 +96,15 @@ def _vgg_weights(file: str | None) -> dict[str, Tensor]:
     except Exception as error:
         problem = "the weights of VGG16 could not be downloaded" if path is None else f"{source} cannot be read"
         raise ValueError(f"{problem} ({error}); {advice}") from error
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in vgg16().features.state_dict().items()}
     tensors = saved if isinstance(saved, Mapping) else {}
     features = {
         str(name).removeprefix("features."): tensor
         for name, tensor in tensors.items()
         if str(name).startswith("features.") and isinstance(tensor, Tensor)
     }
-    if {name: tensor.shape for name, tensor in features.items()} != expected:
+    if {name: tensor.shape for name, tensor in features.items()} != shapes:
         raise ValueError(
-            f"{source} does not hold torchvision's VGG16: it has {len(features)} tensors features.*, {len(expected)} "
+            f"{source} does not hold torchvision's VGG16: it has {len(features)} tensors features.*, {len(shapes)} "
             f"of certain shapes were expected; {advice}"
         )
     return {name: tensor.float() for name, tensor in features.items()}

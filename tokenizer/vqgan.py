@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -13,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from configs.validation import Count, Range
 from tokenizer.base import ImageTokenizer, ImageTokenizerConfig
 from tokenizer.norm_swish import NormSwish
-from tokenizer.quantizers import build_quantizer
+from tokenizer.norms import num_groups
 
 
 class VQGANConfig(ImageTokenizerConfig):
@@ -63,17 +62,9 @@ class VQGANConfig(ImageTokenizerConfig):
         """Channels of each level."""
         return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
-    def attends(self, level: int) -> bool:
-        return level in self.attention_levels
-
-
-def _num_groups(channels: int) -> int:
-    """32 as published, or fewer where the channels do not divide."""
-    return math.gcd(32, channels)
-
 
 def _norm_swish(channels: int) -> NormSwish:
-    return NormSwish(_num_groups(channels), channels, eps=1e-6)
+    return NormSwish(num_groups(channels), channels, eps=1e-6)
 
 
 class ResidualBlock(GradientCheckpointingLayer):
@@ -96,7 +87,7 @@ class Attention(GradientCheckpointingLayer):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(_num_groups(channels), channels, eps=1e-6)
+        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -136,7 +127,7 @@ def _level(config: VQGANConfig, level: int, in_channels: int, num_blocks: int) -
     for _ in range(num_blocks):
         layers.append(ResidualBlock(in_channels, config.widths[level]))
         in_channels = config.widths[level]
-        if config.attends(level):
+        if level in config.attention_levels:
             layers.append(Attention(in_channels))
     return layers
 
@@ -195,16 +186,4 @@ class VQGAN(ImageTokenizer):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config)
-        self.downsampling_factor = config.downsampling_factor
-        self.check_size_fits()
-        assert config.quantizer is not None
-        self.encoder = Encoder(config)
-        self.quantizer = build_quantizer(config.quantizer, config.latent_dim)
-        self.decoder = Decoder(config)
-        self.post_init()
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        return self.encoder(images)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        self.assemble(Encoder, Decoder, config.latent_dim, config.downsampling_factor)

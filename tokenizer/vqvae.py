@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from configs.validation import Count, Range
 from tokenizer.base import ImageTokenizer, ImageTokenizerConfig
-from tokenizer.quantizers import build_quantizer
-
-Norm = Literal["none", "batch", "group"]
+from tokenizer.norms import Norm, normalization
 
 
 class VQVAEConfig(ImageTokenizerConfig):
@@ -30,16 +28,8 @@ class VQVAEConfig(ImageTokenizerConfig):
     """Channels of a latent vector, D."""
     downsampling_factor: Literal[2, 4, 8, 16] = 4
     """Pixels of a code's side."""
-    norm: Literal["none", "batch", "group"] = "none"
+    norm: Norm = "none"
     """Normalization in the residual blocks."""
-
-
-def _norm(norm: Norm, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if norm == "group":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
-    return nn.Identity()
 
 
 class ResidualBlock(nn.Module):
@@ -47,9 +37,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, residual_channels: int, norm: Norm) -> None:
         super().__init__()
-        self.norm1 = _norm(norm, channels)
+        self.norm1 = normalization(norm, channels)
         self.conv1 = nn.Conv2d(channels, residual_channels, 3, padding=1)
-        self.norm2 = _norm(norm, residual_channels)
+        self.norm2 = normalization(norm, residual_channels)
         self.conv2 = nn.Conv2d(residual_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +57,7 @@ def _residual_stack(config: VQVAEConfig) -> list[nn.Module]:
     blocks: list[nn.Module] = [
         ResidualBlock(config.channels, config.residual_channels, config.norm) for _ in range(config.num_residual_blocks)
     ]
-    return [*blocks, _norm(config.norm, config.channels), nn.ReLU()]
+    return [*blocks, normalization(config.norm, config.channels), nn.ReLU()]
 
 
 class Encoder(nn.Sequential):
@@ -114,16 +104,4 @@ class VQVAE(ImageTokenizer):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config)
-        self.downsampling_factor = config.downsampling_factor
-        self.check_size_fits()
-        assert config.quantizer is not None
-        self.encoder = Encoder(config)
-        self.quantizer = build_quantizer(config.quantizer, config.latent_dim)
-        self.decoder = Decoder(config)
-        self.post_init()
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        return self.encoder(images)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        self.assemble(Encoder, Decoder, config.latent_dim, config.downsampling_factor)

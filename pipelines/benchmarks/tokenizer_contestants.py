@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from configs.schema import TokenizerTrainingConfig
 from pipelines.benchmarks.harness import Run
+from pipelines.benchmarks.quantizer_contestants import BETA, DECAY, EPSILON
 from pipelines.devices import default_device
 from pipelines.tokenizer_training import make_tokenizer
 from tokenizer.discriminator import build_discriminator
 from tokenizer.norm_swish import NormSwish
 from tokenizer.vqgan import Attention, VQGANConfig
-
-DECAY, BETA, EPSILON = 0.99, 0.25, 1e-5
-Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class MovingAverages(nn.Module):
@@ -159,8 +157,10 @@ def diffusers_model(config: TokenizerTrainingConfig) -> Run:
     options = network.config
     assert isinstance(options, VQGANConfig)
     levels = range(len(options.widths))
-    down = tuple("AttnDownEncoderBlock2D" if options.attends(i) else "DownEncoderBlock2D" for i in levels)
-    up = tuple("AttnUpDecoderBlock2D" if options.attends(i) else "UpDecoderBlock2D" for i in reversed(levels))
+    down = tuple("AttnDownEncoderBlock2D" if i in options.attention_levels else "DownEncoderBlock2D" for i in levels)
+    up = tuple(
+        "AttnUpDecoderBlock2D" if i in options.attention_levels else "UpDecoderBlock2D" for i in reversed(levels)
+    )
     model: Any = VQModel(
         down_block_types=down,
         up_block_types=up,

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from configs.random_streams import mix
 from configs.validation import Count, CountOrZero, Range, Share, checked
-from tokenizer.quantizers.base import Quantizer, QuantizerOutput, recomputing
-from tokenizer.quantizers.collectives import (
+from tokenizer.collectives import (
     from_first_process,
     mean_over_processes,
     num_processes,
     sum_over_processes,
     take_rows,
 )
+from tokenizer.quantizers.base import Quantizer, QuantizerOutput, recomputing
 from tokenizer.quantizers.entropy import assignment_entropies
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
 from tokenizer.quantizers.kmeans import count, kmeans, start_vectors

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from configs.random_streams import integer, mix, uniform
 from configs.validation import CountOrZero, Range, checked
-from tokenizer.quantizers.collectives import (
+from tokenizer.collectives import (
     from_first_process,
     gather_rows,
     num_processes,
     take_rows,
 )
-from tokenizer.quantizers.search import BLOCK_ELEMENTS, nearest_codes, squared_distances
+from tokenizer.quantizers.search import block_rows, nearest_codes, squared_distances
 from tokenizer.quantizers.vq import VectorQuantizer
 
 SAMPLE_SIZE = 4096
@@ -110,7 +110,7 @@ def _draw_near(codes: Tensor, vectors: Tensor, draws: Tensor) -> Tensor:
     """One of vectors `(S, D)` for each code `(M, D)`, drawn from softmax(-|x - e|^2) by uniforms `(M,)` in [0, 1)."""
     chosen = []
     half_norms = vectors.square().sum(1) / 2
-    rows = max(16, BLOCK_ELEMENTS // len(vectors))
+    rows = block_rows(codes, len(vectors))
     for block, draw in zip(codes.split(rows), draws.split(rows), strict=True):
         logits = torch.addmm(half_norms, block, vectors.t(), beta=-2, alpha=2)
         cumulative = logits.softmax(1).cumsum(1)

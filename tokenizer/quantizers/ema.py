@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from configs.validation import Range, checked
+from tokenizer.collectives import sum_over_processes
 from tokenizer.quantizers.codebook import CodebookQuantizer
-from tokenizer.quantizers.collectives import sum_over_processes
 
 
 class EMAQuantizer(CodebookQuantizer):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenizer.collectives import mean_over_processes
 from tokenizer.quantizers.base import float32_only
-from tokenizer.quantizers.collectives import mean_over_processes
 from tokenizer.quantizers.search import block_rows
 
 

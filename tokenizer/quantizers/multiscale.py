@@ -93,6 +93,9 @@ class MultiscaleQuantizer(CompositeQuantizer):
     def code_layout(self, grid: tuple[int, ...]) -> CodeLayout:
         return CodeLayout(tuple(CodeGrid(g, self.vocab_size) for g in self.grids(grid)))
 
+    def _scale(self, k: int, num_scales: int, ndim: int) -> float | Tensor:
+        return self.scale(k / max(1, num_scales - 1), ndim)
+
     def _contribution(self, quantized: Tensor, k: int, grids: list[tuple[int, ...]]) -> Tensor:
         """What code vectors `(B, D, *grids[k])` add to the latents `(B, D, *grids[-1])`."""
         share = k / max(1, len(grids) - 1)
@@ -115,7 +118,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
         latents = inner.squeeze(latents)
         rest, total, outputs, terms = latents, torch.zeros_like(latents), [], []
         for k, grid in enumerate(grids):
-            scale = self.scale(k / max(1, len(grids) - 1), latents.ndim)
+            scale = self._scale(k, len(grids), latents.ndim)
             small = F.interpolate(rest, size=grid, mode="area")
             output = inner.quantize(small / scale, level_seeds(seeds, k))
             # With an estimator, gradients reach the codebook and phi through the sum's own terms below.
@@ -147,7 +150,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
         added = []
         for k, codes in enumerate(grids):
             vectors = self.first.embed(codes)
-            scale = self.scale(k / max(1, len(grids) - 1), vectors.ndim)
+            scale = self._scale(k, len(grids), vectors.ndim)
             added.append(self._contribution(vectors * scale, k, shapes))
         return torch.stack(added).sum(0)
 
@@ -159,7 +162,7 @@ class MultiscaleQuantizer(CompositeQuantizer):
         grids = self.grids(tuple(latents.shape[2:]))
         rest, rests = latents, []
         for k, grid in enumerate(grids):
-            scale = self.scale(k / max(1, len(grids) - 1), latents.ndim)
+            scale = self._scale(k, len(grids), latents.ndim)
             rests.append(F.interpolate(rest, size=grid, mode="area") / scale)
             rest = rest - self._contribution(nearest_vectors(self.first, rests[-1]) * scale, k, grids)
         self.first.start(as_one_image(rests))

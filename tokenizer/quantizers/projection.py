@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokenizer.quantizers.collectives import from_first_process
+from tokenizer.collectives import from_first_process
 
 NUM_START_VECTORS = 1 << 14
 """Latents from which the principal components are measured."""

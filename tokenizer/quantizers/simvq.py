@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.validation import checked
+from tokenizer.collectives import from_first_process
 from tokenizer.quantizers.codebook import CodebookQuantizer, LearningRateScale
-from tokenizer.quantizers.collectives import from_first_process
 
 
 class SimVQ(CodebookQuantizer):

@@ -1,4 +1,4 @@
-"""Sums and gathers over processes for codebooks; they do nothing where there is one process."""
+"""Sums and gathers over processes; they do nothing where there is one process."""
 
 from __future__ import annotations
 
