@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from configs.loading import read_yaml, write_yaml
+from configs.loading import load_config, read_yaml, write_yaml
+from configs.validation import Schema
 
 MANIFEST = "manifest.json"
 RESULT = "result.json"
@@ -131,11 +132,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:
+def require_same_run(run: Path, schema: type[Schema], config: dict[str, Any], trained: bool) -> None:
     """Refuse a folder that holds something else, or a run that differs in more than `FREE_KEYS`.
+
+    A key that is younger than the run counts there as its default.
 
     Args:
         run: the output folder, which may not exist yet.
+        schema: what `config` and the folder's own configuration are of.
         config: the new run's configuration.
         trained: whether the folder holds anything worth keeping.
 
@@ -152,9 +156,12 @@ def require_same_run(run: Path, config: dict[str, Any], trained: bool) -> None:
         return
     if not trained:
         return
-    old, new = flatten(read_yaml(run / CONFIG)), flatten(config)
-    if ("codes" in old) != ("codes" in new):
+    recorded = read_yaml(run / CONFIG)
+    if ("codes" in recorded) != ("codes" in config):
         raise ValueError(f"{run} holds a run of another stage; choose another output_dir")
+    with suppress(ValueError):  # keys that are no more are named below
+        recorded = load_config(schema, run / CONFIG).to_dict()
+    old, new = flatten(recorded), flatten(config)
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())

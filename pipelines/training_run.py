@@ -77,7 +77,7 @@ class TrainingRun:
         self.log = RunLog(self.accelerator, self.folder)
         # The resolved precision is what a resumed run must repeat, so it is what config.yaml records.
         self.recorded = config.to_dict() | {"mixed_precision": self.accelerator.mixed_precision}
-        require_same_run(self.folder, self.recorded, trained=started)
+        require_same_run(self.folder, type(config), self.recorded, trained=started)
         self.start_step = int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
         self.stop = StopSignals(lambda: self.log.print("stopping after this step; once more to stop at once"))
         self.started_at = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ADVERSARIAL, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
 from safetensors.torch import load_file
 from torch import Tensor
@@ -215,6 +216,17 @@ def test_other_values_are_refused_by_key_with_both_values(
     stopped(train, 2, stage)
     with pytest.raises(ValueError, match=message):
         train(stage, override)
+
+
+def test_a_key_that_is_younger_than_the_run_counts_as_its_default_there(train: Train, tmp_path: Path) -> None:
+    stopped(train, 2, "tokenizer")
+    config = tmp_path / "run" / "config.yaml"
+    recorded = yaml.safe_load(config.read_text())
+    del recorded["quantize_after"], recorded["objective"]["reconstruction_weight"]
+    config.write_text(yaml.safe_dump(recorded))
+    with pytest.raises(ValueError, match=r"objective.reconstruction_weight: 1.0 there, 2.0 now"):
+        train("tokenizer", "objective.reconstruction_weight=2")
+    assert figures(train("tokenizer"))["steps"] == STEPS
 
 
 def test_steps_checkpoints_and_tracker_may_change_on_resume(train: Train) -> None:
