@@ -96,5 +96,5 @@ def _gumbel_noise(seeds: Tensor, like: Tensor) -> Tensor:
     noise = torch.empty_like(like)
     generator = torch.Generator(like.device)
     for row, seed in zip(noise, mix(seeds, 0).tolist(), strict=True):
-        row.exponential_(generator=generator.manual_seed(seed))
-    return noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_()
+        row.uniform_(generator=generator.manual_seed(seed))  # several times as fast as exponential_ on a CPU
+    return noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_().log_().neg_()
