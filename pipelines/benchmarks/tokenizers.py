@@ -21,6 +21,7 @@ VQGAN = [
 ]
 LLAMAGEN = ["model.name=vqgan", "model.latent_dim=8", "data.image_size=128"]
 LLAMAGEN += ["quantizer.name=vq", "quantizer.vocab_size=16384", "quantizer.distance=cosine"]
+CHECKPOINTING = "activation_checkpointing=true"
 DISCRIMINATOR = ["objective.adversarial_weight=0.8", "objective.adversarial_start=0"]
 
 
@@ -43,6 +44,7 @@ def cases(num_images: int) -> list[Case]:
         _case("vqvae-32", num_images, VQVAE, peer=False),
         _case("vqgan-128", few, VQGAN),
         _case("vqgan-128-compiled", few, [*VQGAN, "compile=true"], compile=True),
+        _case("vqgan-128-checkpointing", few, [*VQGAN, CHECKPOINTING], peer=False, activation_checkpointing=True),
         _case("vqgan-128-discriminator", few, [*VQGAN, *DISCRIMINATOR], peer=False, discriminator="patchgan"),
         _case("llamagen-vq16-128", few, LLAMAGEN),
     ]
