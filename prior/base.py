@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from configs.layout import CodeLayout
 from configs.pretrained import StrictConfig, StrictLoading
+from configs.random_streams import uniform
+from configs.sampling import SamplingOptions
 from configs.validation import Share
 
 
@@ -51,43 +53,74 @@ class PriorOutput:
     """Detached scalars to log."""
 
 
+@dataclass
+class SamplingRequest:
+    """What `Prior.sample` was asked for, checked and on the prior's device."""
+
+    labels: Tensor
+    """`(B,)` int64, num_classes where an image has no class."""
+    seeds: Tensor
+    """`(B,)` int64."""
+    known: Tensor
+    """`(B, num_codes)` int64, coarse to fine; what stands outside of the mask means nothing."""
+    known_mask: Tensor
+    """`(B, num_codes)` bool."""
+    condition: Tensor | None
+    """`(B, ...)` int64, for a prior of one grid of several."""
+    compiled: bool
+    """Whether steps are to be compiled."""
+
+
 class Prior(StrictLoading, PreTrainedModel):
     """A distribution over codes `(B, *code_layout.shape)`; class `num_classes` means "no class"."""
 
     config_class = PriorConfig
     config: PriorConfig
     main_input_name = "codes"
+    sampling_options: ClassVar[type[SamplingOptions]] = SamplingOptions
+    """What the keywords of `sample` are."""
+    compiled_sampling: bool = False
+    """Whether `sample` compiles its steps (see `compile_sampling`)."""
 
     @property
     def code_layout(self) -> CodeLayout:
+        """The layout of the codes that are modelled."""
         return self.config.code_layout
 
+    def split_condition(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of an image's codes `(B, *config.code_layout.shape)`: those that are modelled, and those they are given."""
+        return codes, None
+
     @abstractmethod
-    def forward(self, codes: Tensor, labels: Tensor | None = None, *, seeds: Tensor | None = None) -> PriorOutput:
+    def forward(
+        self,
+        codes: Tensor,
+        labels: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> PriorOutput:
         """The training loss.
 
         Args:
             codes: `(B, *code_layout.shape)` int64.
             labels: `(B,)` int64 in [0, num_classes]; None is "no class".
-            seeds: `(B,)` int64, the key of what is random about each image in training (label dropout); without it,
-                torch's generator is used. Read in training mode only.
+            condition: the codes of coarser grids, `(B, ...)` int64, for a prior of one grid of several.
+            seeds: `(B,)` int64, the key of what is random about each image in training (label dropout, masks); without
+                it, torch's generator is used. Read in training mode only.
         """
 
-    @abstractmethod
-    def log_prob(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Log probability of each image in nats, `(B,)` float32."""
-
-    @abstractmethod
+    @torch.no_grad()
     def sample(
         self,
         batch_size: int,
         labels: Tensor | None = None,
         *,
         seeds: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """Draw codes `(batch_size, *code_layout.shape)` int64.
 
@@ -96,14 +129,64 @@ class Prior(StrictLoading, PreTrainedModel):
             labels: `(batch_size,)` int64 in [0, num_classes]; None is "no class".
             seeds: `(batch_size,)` int64: each image's codes depend on its own seed only. Without it, torch's generator
                 draws them.
-            temperature: logits are divided by it; 0 takes the likeliest code.
-            top_k: keep the k likeliest codes.
-            top_p: keep the likeliest codes that together have this probability.
-            guidance_scale: classifier-free guidance; 1 is off.
+            known: codes `(batch_size, *code_layout.shape)` int64 to keep.
+            known_mask: where they are to be kept, bool of the same shape.
+            condition: the codes of coarser grids, for a prior of one grid of several.
+            **options: those of the prior's `sampling_options`: temperature, top_k, top_p, guidance_scale, ...
 
         Raises:
-            ValueError: for values out of range, and for guidance without labels or without label dropout in training.
+            ValueError: for values out of range, for guidance without labels or without label dropout in training, and
+                for one of known and known_mask without the other.
+            TypeError: for an option that this prior does not have.
         """
+        checked = self.sampling_options(**options)
+        self.check_sampling(labels is not None, checked)
+        if seeds is not None and seeds.shape != (batch_size,):
+            raise ValueError(f"expected one seed an image, ({batch_size},), got {tuple(seeds.shape)}")
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (batch_size,), device=self.device)
+        request = SamplingRequest(
+            labels=self.check_labels(labels, batch_size),
+            seeds=seeds.to(self.device),
+            **self._check_known(known, known_mask, batch_size),
+            condition=self.check_condition(condition, batch_size),
+            compiled=self.compiled_sampling,
+        )
+        was_training = self.training
+        self.eval()
+        try:
+            codes = self.draw_codes(request, checked)
+        finally:
+            self.train(was_training)
+        return codes.view(batch_size, *self.code_layout.shape)
+
+    @abstractmethod
+    def draw_codes(self, request: SamplingRequest, options: Any) -> Tensor:
+        """Codes `(B, num_codes)` int64, coarse to fine, raster order within a grid; known ones as they came."""
+
+    def compile_sampling(self, compiled: bool = True) -> Self:
+        """Compile the steps of `sample`, once for each batch size and precision; near-ties may then fall otherwise."""
+        self.compiled_sampling = compiled
+        return self
+
+    def hide_labels(self, labels: Tensor | None, seeds: Tensor | None) -> Tensor | None:
+        """Labels with a share of `label_dropout` replaced by "no class", in training."""
+        if not self.training or labels is None or self.config.label_dropout == 0:
+            return labels
+        drawn = torch.rand(len(labels), device=labels.device) if seeds is None else uniform(seeds, 0)
+        return labels.masked_fill(drawn < self.config.label_dropout, self.config.num_classes)
+
+    def vocab_sizes(self) -> Tensor:
+        """The K of each code's grid, `(num_codes,)` int64."""
+        return torch.cat([torch.full((grid.num_codes,), grid.vocab_size) for grid in self.code_layout.grids])
+
+    def hide_foreign_codes(self, logits: Tensor, places: slice) -> Tensor:
+        """Logits `(B, n, K)` of the codes at `places` as float32, -inf at codes at or above their own grid's K."""
+        logits = logits.float()
+        if all(grid.vocab_size == logits.shape[-1] for grid in self.code_layout.grids):
+            return logits
+        foreign = torch.arange(logits.shape[-1]) >= self.vocab_sizes()[places, None]
+        return logits.masked_fill(foreign.to(logits.device), float("-inf"))
 
     def check_codes(self, codes: Tensor) -> Tensor:
         """The codes as `(B, num_codes)` int64, coarse to fine, raster order within a grid.
@@ -143,31 +226,46 @@ class Prior(StrictLoading, PreTrainedModel):
             )
         return labels.to(self.device)
 
-    def check_sampling(
-        self, labels: Tensor | None, temperature: float, top_k: int | None, top_p: float | None, guidance_scale: float
-    ) -> None:
-        """Raise a ValueError for sampling options that are out of range or do nothing."""
-        if not temperature >= 0:
-            raise ValueError(f"temperature should be 0 or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k should be at least 1, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p should be above 0 and at most 1, got {top_p}")
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale should be 0 or more, got {guidance_scale}")
-        if guidance_scale != 1 and labels is None:
+    def check_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
+        """The codes of coarser grids; a prior of all grids has none.
+
+        Raises:
+            ValueError: where there is a condition and should be none, or the other way round.
+        """
+        if condition is not None:
+            name = self.config.model_type.removeprefix("tessera-")
+            raise ValueError(f"this {name} models all of [{self.code_layout}], but a condition was given; leave it out")
+        return None
+
+    def _check_known(self, known: Tensor | None, mask: Tensor | None, batch_size: int) -> dict[str, Tensor]:
+        L = self.code_layout.num_codes
+        if known is None and mask is None:
+            nothing = torch.zeros(batch_size, L, dtype=torch.int64, device=self.device)
+            return {"known": nothing, "known_mask": nothing.bool()}
+        if known is None or mask is None:
+            raise ValueError("known codes come with a known_mask of the same shape: give both, or neither")
+        if known.shape != (batch_size, *self.code_layout.shape) or mask.shape != known.shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs labels to guide towards; give labels, or leave it at 1"
+                f"known and known_mask (bool) have shape {(batch_size, *self.code_layout.shape)}, "
+                f"got {tuple(known.shape)} and {tuple(mask.shape)} ({str(mask.dtype).removeprefix('torch.')})"
             )
-        if guidance_scale != 1 and self.config.label_dropout == 0:
+        mask = mask.to(self.device)
+        return {"known": self.check_codes(known.to(self.device) * mask), "known_mask": mask.flatten(1)}
+
+    def check_sampling(self, labelled: bool, options: SamplingOptions) -> None:
+        """Raise a ValueError for guidance that cannot be had."""
+        scale = options.guidance_scale
+        if scale != 1 and not labelled:
+            raise ValueError(f"guidance_scale={scale} needs labels to guide towards; give labels, or leave it at 1")
+        if scale != 1 and self.config.label_dropout == 0:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a prior trained with label dropout, but this one was trained "
-                "with model.label_dropout=0"
+                f"guidance_scale={scale} needs a prior trained with label dropout, but this one was trained with "
+                "model.label_dropout=0"
             )
 
     def require_codes(self, layout: CodeLayout, fingerprint: str, name: str) -> None:
         """Raise a ValueError where codes or a tokenizer are not the ones that this prior was trained for."""
-        self.code_layout.require_equal(layout, "the prior", name)
+        self.config.code_layout.require_equal(layout, "the prior", name)
         if self.config.fingerprint != fingerprint:
             raise ValueError(
                 f"the prior was trained on codes of another tokenizer than {name}: both have [{layout}], but the "

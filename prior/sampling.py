@@ -44,7 +44,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     probability.
     """
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
+    # A GPU sums in parallel, and rounding could let the sum fall from one code to the next.
+    cumulative = probabilities.cumsum(-1).cummax(-1).values if logits.is_cuda else probabilities.cumsum(-1)
     codes = (cumulative <= uniforms.unsqueeze(-1)).sum(-1)
     index = torch.arange(logits.shape[-1], device=logits.device)
     last = torch.where(probabilities > 0, index, 0).amax(-1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.layout import CodeLayout
 
@@ -34,8 +35,8 @@ def code_positions(layout: CodeLayout) -> Tensor:
     return torch.cat(positions)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `(L, head_dim / 2)` float32 of the angles at positions `(L, 2)`.
+def rotary_table(positions: Tensor, head_dim: int, base: float = 100.0) -> Tensor:
+    """Cosine and sine `(2, L, head_dim / 2)` float32 of the angles at positions `(L, 2)`.
 
     Args:
         positions: row and column.
@@ -44,21 +45,23 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float = 100.0) -> tupl
     """
     frequencies = base ** -torch.linspace(0, 1, head_dim // 4, device=positions.device)
     angles = (positions[:, :, None] * frequencies).flatten(1)  # (L, head_dim / 2): rows, then columns
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of channels of `(..., L, head_dim)` by the angles of `rotary_tables`."""
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs of channels of `(..., L, head_dim)` by the angles of `rotary_table`."""
+    cos, sin = rotary
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
 class LayerCache:
-    """Keys and values of one layer, `(B, num_heads, L, head_dim)`, allocated once for all L codes."""
+    """Keys and values of one layer, `(B, num_heads, L, head_dim)`, allocated once for all L positions."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros: a compiled step reads positions that it masks, and what they hold must be finite.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,27 +72,78 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def keep(self, rows: int) -> None:
+        """Forget all but the first rows of the batch."""
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+
+
+class StaticCache:
+    """Writes one position, given as a tensor, and reads all of them behind a mask: shapes never change.
+
+    Args:
+        layer: where keys and values are.
+        position: `(1,)` int64.
+        mask: `(L,)` bool, true at the positions up to this one.
+    """
+
+    def __init__(self, layer: LayerCache, position: Tensor, mask: Tensor) -> None:
+        self.layer, self.position, self.mask = layer, position, mask
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values at the position; those of all positions come back."""
+        self.layer.keys.index_copy_(2, self.position, keys)
+        self.layer.values.index_copy_(2, self.position, values)
+        return self.layer.keys, self.layer.values
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Self-attention with rotary positions, and as many heads of keys and values as heads or fewer.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    Grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Norms of queries and keys: Henry et al. 2020,
+    arXiv:2010.04245, as RMSNorm.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = width // num_heads
+        self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, causal: bool, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, *, causal: bool = False, cache: LayerCache | StaticCache | None = None
+    ) -> Tensor:
         B, L, _ = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = self.qkv(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, heads, L, head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
         if cache is not None:
             k, v = cache.append(k, v)
+        if isinstance(cache, StaticCache):
+            attended = self._attend_one(q, k, v, cache.mask)
+        elif cache is not None and L == 1:
+            attended = self._attend_one(q, k, v)
+        else:
+            attended = self._attend(q, k, v, causal=causal and L > 1)
+        return self.out(attended.transpose(1, 2).reshape(B, L, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        L = q.shape[2]
+        if self.num_kv_heads < self.num_heads:
+            group = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         # On a CPU in bfloat16, plain products beat the fused kernel's backward pass on short sequences (2.3x at 64).
         plain = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and L <= 128
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal and L > 1)
-        return self.out(attended.transpose(1, 2).reshape(B, L, -1))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of one position: heads that share keys become the rows of one product."""
+        B, heads, _, head_dim = q.shape
+        q = q.view(B, self.num_kv_heads, -1, head_dim)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, heads, 1, head_dim)
 
 
 class FeedForward(nn.Module):
@@ -106,39 +160,62 @@ class FeedForward(nn.Module):
         return self.out(F.silu(gate) * up)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Attention and feed-forward, each behind a norm and with a residual connection."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, qk_norm: bool, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, num_heads)
+        self.attention = Attention(width, num_heads, num_kv_heads, qk_norm)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.feed_forward = FeedForward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, causal: bool, cache: LayerCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), cos, sin, causal=causal, cache=cache))
+    def forward(
+        self, x: Tensor, rotary: Tensor, causal: bool = False, cache: LayerCache | StaticCache | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rotary, causal=causal, cache=cache))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
 class Transformer(nn.Module):
     """Blocks and a final norm: `(B, L, width)` to `(B, L, width)`.
 
+    Args:
+        width: channels.
+        num_layers: blocks.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values, by default as many; fewer make the cache smaller.
+        qk_norm: normalize queries and keys, which keeps the logits of large models in bounds.
+        dropout: of residual branches in training.
+
     Raises:
-        ValueError: where width does not divide into heads of a multiple of 4 channels.
+        ValueError: where width does not divide into heads of a multiple of 4 channels, or the heads into groups.
     """
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if width % (4 * num_heads):
             raise ValueError(
                 f"width={width} does not divide into num_heads={num_heads} heads of a multiple of 4 channels (rotary "
                 "positions take four at a time)"
             )
-        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide into num_kv_heads={num_kv_heads} groups")
         self.head_dim = width // num_heads
-        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, self.num_kv_heads, qk_norm, dropout) for _ in range(num_layers)
+        )
         self.norm = nn.RMSNorm(width, eps=1e-6)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight"):
@@ -149,21 +226,25 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, length: int, dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
         """An empty cache for `length` positions."""
-        shape = (batch_size, self.num_heads, length, self.head_dim)
+        shape = (batch_size, self.num_kv_heads, length, self.head_dim)
         return [LayerCache(shape, dtype, device) for _ in self.blocks]
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, *, causal: bool, cache: list[LayerCache] | None = None
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        *,
+        causal: bool = False,
+        cache: list[LayerCache] | list[StaticCache] | None = None,
     ) -> Tensor:
         """Run the blocks.
 
         Args:
             x: `(B, L, width)`; with a cache, the positions after those it holds.
-            cos: `(L, head_dim / 2)`, see `rotary_tables`.
-            sin: as cos.
-            causal: each position sees itself and earlier ones only.
+            rotary: `(2, L, head_dim / 2)`, see `rotary_table`.
+            causal: each position sees itself and earlier ones only; several positions at once need an empty cache.
             cache: keys and values of earlier positions; takes up those of x.
         """
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, causal=causal, cache=None if cache is None else cache[index])
+            x = block(x, rotary, causal, None if cache is None else cache[index])
         return self.norm(x)
