@@ -56,6 +56,24 @@ class StrictLoading:
     def _init_weights(self, module: Any) -> None:
         """Nothing: layers draw their own weights, and transformers would redraw every one of them as N(0, 0.02)."""
 
+    def checkpoint_activations(self: Any) -> None:
+        """Keep the inputs of blocks only, and compute what is inside again in the backward pass.
+
+        Raises:
+            ValueError: where the network has no such blocks.
+        """
+        if not self.supports_gradient_checkpointing:
+            kind, table = self.known_classes()
+            able = [name for name, model in table.items() if model.supports_gradient_checkpointing]
+            name = self.config.model_type.removeprefix("tessera-")
+            raise ValueError(
+                f"activation_checkpointing=true needs a {kind} with blocks to checkpoint ({', '.join(able)}); "
+                f"{name} has none"
+            )
+        # transformers has renamed it.
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a saved model of whichever class the folder or hub repository holds.

@@ -14,7 +14,7 @@ class SamplingOptions(Schema):
     """Logits are guided, divided by the temperature, filtered by top-k and top-p, and drawn from, in this order."""
 
     temperature: NonNegative | list[NonNegative] = 1.0
-    """Logits are divided by it; 0 takes the likeliest code. A list is spread over the steps: [1.2, 0.8] falls evenly."""
+    """Logits are divided by it; 0 takes the likeliest code. A list runs over the steps: [1.2, 0.8] falls evenly."""
     top_k: Count | None = None
     """Keep the k likeliest codes."""
     top_p: Annotated[float, Range(1e-6, 1)] | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from configs.objective import ObjectiveConfig
+from configs.sampling import SamplingOptions
 from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Seed, Share
 
 PixelSize = Annotated[int, Range(1, 16384)]
@@ -212,13 +213,15 @@ class PriorTrainingConfig(RunConfig):
     num_samples: Count = 16
     """Pictures in a sample grid."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """Options of the sample pictures: temperature, top_k, top_p, guidance_scale."""
+    """Options of the sample pictures, those of the prior's sampling: temperature, guidance_scale, steps and so on."""
     learning_rate: Annotated[float, Range(1e-9, 1)] = 5e-4
     """Peak learning rate of AdamW."""
     betas: list[Share] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay rates of the two moments."""
     weight_decay: NonNegative = 0.05
     """AdamW's weight decay of matrices; vectors, norms and embeddings have none."""
+    activation_checkpointing: bool = False
+    """Compute activations of the transformer's blocks again in the backward pass: less memory, more time."""
 
     def validate(self) -> None:
         super().validate()
@@ -227,7 +230,7 @@ class PriorTrainingConfig(RunConfig):
 
 
 @dataclass
-class GenerationConfig(Schema):
+class GenerationConfig(SamplingOptions):
     """Sample new images."""
 
     pipeline: str | None = None
@@ -246,18 +249,15 @@ class GenerationConfig(Schema):
     """Image i depends on (seed, i) only."""
     batch_size: Count = 64
     """Images sampled at once."""
-    temperature: Annotated[float, Range(0, 100)] = 1.0
-    """Logits are divided by it; 0 takes the likeliest code."""
-    top_k: Count | None = None
-    """Keep the k likeliest codes."""
-    top_p: Annotated[float, Range(1e-6, 1)] | None = None
-    """Keep the likeliest codes that together have this probability."""
-    guidance_scale: NonNegative = 1.0
-    """Classifier-free guidance; 1 is off."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Options that this prior alone has: maskgit's steps, order, schedule and choice_temperature."""
+    compile: bool = False
+    """Compile the steps of sampling; worth its minutes for many images. Needs a compiler."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     """Autocast type."""
 
     def validate(self) -> None:
+        super().validate()
         if self.pipeline is not None and (self.tokenizer or self.prior):
             raise ValueError("give pipeline=DIR, or tokenizer=DIR and prior=DIR, not both")
         if self.pipeline is None and not (self.tokenizer and self.prior):

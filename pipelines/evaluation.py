@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.random_streams import mix
 from configs.schema import EvaluationConfig
 from pipelines import metrics
 from pipelines.code_data import load_code_info, load_code_tensor
@@ -96,30 +97,41 @@ def evaluate_prior(
     """Figures over a split of codes `(N, *layout.shape)`, each image once over all processes.
 
     Returns:
-        loss (nats per code), bits_per_code, bits_per_pixel (over height times width), perplexity (per code), and
-        first_order_bits_per_code: the entropy of the split's own histogram of codes.
+        loss (nats per code), bits_per_code, bits_per_pixel (over height times width), perplexity (per code), all four
+        with the ending `_bound` where the prior has no `log_prob` but an upper bound; beside them two entropies of the
+        split's own codes: first_order_bits_per_code of their histogram, per_position_bits_per_code of a histogram at
+        each place.
     """
     was_training = prior.training
     prior.eval()
     sums = torch.zeros(2, dtype=_precise(accelerator.device), device=accelerator.device)  # nats, codes
     starts = list(range(0, len(codes), batch_size))[:max_batches]
     for start in share_of_process(starts, accelerator):
-        batch = codes[start : start + batch_size].to(accelerator.device).long()
-        classes = None if labels is None else labels[start : start + batch_size].to(accelerator.device)
+        here = slice(start, start + batch_size)
+        batch, condition = prior.split_condition(codes[here].to(accelerator.device).long())
+        classes = None if labels is None else labels[here].to(accelerator.device)
+        # Where the figure is an estimate, an image has the same masks in every evaluation.
+        seeds = mix(torch.arange(start, start + len(batch), device=accelerator.device), 0)
         with accelerator.autocast():
-            loss = prior(batch, classes).loss
+            loss = prior(batch, classes, condition=condition, seeds=seeds).loss
         sums += torch.stack([loss * batch.numel(), loss.new_tensor(batch.numel())]).to(sums.dtype)
     prior.train(was_training)
     nats, num_codes = accelerator.reduce(sums, "sum").tolist()
     bits = metrics.to_bits(nats / num_codes)
     _, height, width = image_shape
-    histogram = metrics.count_codes(codes.long(), prior.code_layout.vocab_size)
-    return {
+    L, K = prior.code_layout.num_codes, prior.code_layout.vocab_size
+    modelled = prior.split_condition(codes)[0].long()
+    figures = {
         "loss": nats / num_codes,
         "bits_per_code": bits,
-        "bits_per_pixel": bits * prior.code_layout.num_codes / (height * width),
+        "bits_per_pixel": bits * L / (height * width),
         "perplexity": 2**bits,
-        "first_order_bits_per_code": metrics.to_bits(metrics.entropy(histogram)),
+    }
+    if not prior.has_log_prob:
+        figures = {f"{name}_bound": value for name, value in figures.items()}
+    return figures | {
+        "first_order_bits_per_code": metrics.to_bits(metrics.entropy(metrics.count_codes(modelled, K))),
+        "per_position_bits_per_code": metrics.to_bits(metrics.entropy(metrics.count_codes(modelled.flatten(1), K, L))),
     }
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
+from configs.sampling import SamplingOptions
 from configs.schema import GenerationConfig
+from configs.validation import from_mapping
+from pipelines.compilation import require_compiler
 from pipelines.devices import explain_out_of_memory, make_accelerator
 from pipelines.image_data import to_pil
 from pipelines.image_generation import ImageGenerationPipeline
@@ -33,6 +37,12 @@ def generate(config: GenerationConfig) -> Path:
         assert config.prior is not None
         pipeline = ImageGenerationPipeline.from_parts(config.tokenizer, config.prior)
     pipeline.to(accelerator.device)
+    options = type(pipeline.prior).sampling_options
+    common = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingOptions)}
+    sampling = from_mapping(options, common | config.sampling, prefix="sampling.").to_dict()
+    if config.compile:
+        require_compiler(accelerator.device)
+        pipeline.prior.compile_sampling()
     num_images, labels, columns = config.num_images, config.labels, None
     if labels == "each":
         num_classes = pipeline.prior.config.num_classes
@@ -47,10 +57,7 @@ def generate(config: GenerationConfig) -> Path:
             batch_size=config.batch_size,
             seed=config.seed,
             output_type="tensor",
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            guidance_scale=config.guidance_scale,
+            **sampling,
         )
     assert isinstance(result.images, torch.Tensor)
     with whole_folder(output) as partial:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from configs.pretrained import local_folder
 from configs.random_streams import mix
 from configs.validation import did_you_mean
+from pipelines.editing import codes_of_pixels, random_positions
 from pipelines.image_data import to_pil, to_pixels, to_unit_range
+from pipelines.larger_grids import check_grid, sample_larger
 from pipelines.model_card import model_card
 from pipelines.run_folder import whole_folder
 from prior import Prior
@@ -28,6 +31,10 @@ from tokenizer import ImageTokenizer
 
 INDEX_FILE = "pipeline.json"
 
+_WHERE = 1
+"""The stream of an image's random numbers that says which positions a variation draws anew."""
+
+Classifier = Callable[[Tensor], Tensor]
 Labels = int | str | Sequence[int | str] | Tensor | None
 
 
@@ -61,6 +68,11 @@ class ImageGenerationPipeline:
 
     def __init__(self, tokenizer: ImageTokenizer, prior: Prior) -> None:
         prior.require_codes(tokenizer.code_layout, tokenizer.fingerprint, "the tokenizer")
+        if prior.code_layout != tokenizer.code_layout:
+            raise ValueError(
+                f"the prior models [{prior.code_layout}] alone, of [{tokenizer.code_layout}]; a pipeline needs a prior "
+                "of all grids"
+            )
         self.tokenizer = tokenizer.eval()
         self.prior = prior.eval()
         self.progress_bar = True
@@ -126,6 +138,9 @@ class ImageGenerationPipeline:
         batch_size: int = 64,
         seed: int | None = None,
         output_type: Literal["pil", "tensor"] = "pil",
+        grid: Sequence[int] | None = None,
+        best_of: int = 1,
+        classifier: Classifier | None = None,
         **sampling: Any,
     ) -> GenerationOutput:
         """Sample new images.
@@ -136,24 +151,73 @@ class ImageGenerationPipeline:
             batch_size: images sampled at once; the images do not depend on it.
             seed: image i depends on (seed, i) only. None draws a seed, which the output tells.
             output_type: pictures or a tensor.
-            **sampling: options of the prior's `sample`: temperature, top_k, top_p, guidance_scale.
+            grid: rows and columns of codes, where images are to be larger than the prior was trained on.
+            best_of: draw so many of each image, and keep the one that `classifier` finds likeliest to be of its class
+                (rejection sampling, Razavi et al. 2019).
+            classifier: takes images `(B, C, H, W)` in [-1, 1] and returns logits `(B, num_classes)`.
+            **sampling: options of the prior's `sample`: temperature, top_k, top_p, guidance_scale and so on.
 
         Raises:
             ValueError: for unknown classes and options out of range.
+            TypeError: for options that the prior does not have.
         """
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images and batch_size should be at least 1, got {num_images} and {batch_size}")
+        if num_images < 1 or batch_size < 1 or best_of < 1:
+            raise ValueError(
+                f"num_images, batch_size and best_of should be at least 1, got {num_images}, {batch_size} and {best_of}"
+            )
+        numbers = self._label_numbers(labels, num_images)
+        if (best_of > 1) != (classifier is not None) or (best_of > 1 and numbers is None):
+            raise ValueError(
+                f"best_of={best_of} chooses by what a classifier thinks of the class: give best_of=, classifier= and "
+                "labels together"
+            )
+        larger = None if grid is None else check_grid(self.prior, grid)
+
+        def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+            classes = None if numbers is None else numbers[index].to(self.device)
+            if larger is None:
+                codes = self.prior.sample(len(index), classes, seeds=seeds, **sampling)
+            else:
+                codes = sample_larger(self.prior, larger, len(index), classes, seeds=seeds, **sampling)
+            decode = self.tokenizer.decode if larger is None else self.tokenizer.decode_larger
+            return codes.cpu(), decode(codes.to(self.tokenizer.device)).float().cpu()
+
+        def draw_best(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+            codes, images = draw(index, seeds)
+            if classifier is None:
+                return codes, images
+            assert numbers is not None
+            wanted = numbers[index][:, None]
+            best = classifier(images).softmax(-1).cpu().gather(1, wanted)
+            for candidate in range(1, best_of):
+                others = draw(index, mix(seeds, candidate))
+                score = classifier(others[1]).softmax(-1).cpu().gather(1, wanted)
+                better = (score > best)[:, 0]
+                codes[better], images[better] = others[0][better], others[1][better]
+                best = torch.maximum(best, score)
+            return codes, images
+
+        return self._in_batches(num_images, numbers, batch_size, seed, output_type, draw_best)
+
+    def _in_batches(
+        self,
+        num_images: int,
+        numbers: Tensor | None,
+        batch_size: int,
+        seed: int | None,
+        output_type: str,
+        draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> GenerationOutput:
+        """What `draw` makes of the indices `(B,)` and seeds `(B,)` of images, a batch at a time."""
         if output_type not in ("pil", "tensor"):
             raise ValueError(f"output_type should be pil or tensor, got {output_type!r}")
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-        numbers = self._label_numbers(labels, num_images)
         codes, images = [], []
         with tqdm(total=num_images, desc="sampling", unit="img", disable=None if self.progress_bar else True) as bar:
             for index in torch.arange(num_images).split(batch_size):
-                classes = None if numbers is None else numbers[index].to(self.device)
-                drawn = self.prior.sample(len(index), classes, seeds=image_seeds(seed, index), **sampling)
-                codes.append(drawn.cpu())
-                images.append(self.tokenizer.decode(drawn.to(self.tokenizer.device)).float().cpu())
+                drawn, decoded = draw(index, image_seeds(seed, index))
+                codes.append(drawn)
+                images.append(decoded)
                 bar.update(len(index))
         pixels = torch.cat(images)
         return GenerationOutput(
@@ -163,11 +227,119 @@ class ImageGenerationPipeline:
             seed=seed,
         )
 
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        masks: Image.Image | Sequence[Image.Image],
+        labels: Labels = None,
+        *,
+        margin: int = 0,
+        blend: bool = True,
+        batch_size: int = 64,
+        seed: int | None = None,
+        output_type: Literal["pil", "tensor"] = "pil",
+        **sampling: Any,
+    ) -> GenerationOutput:
+        """Draw the masked part of images anew: inpainting, outpainting, class-conditional editing.
+
+        The codes of all other patches are kept. An autoregressive prior sees the codes before a gap only;
+        `num_candidates=` lets it take account of those after it.
+
+        Args:
+            images: pictures of any size.
+            masks: one for each image and of its size; what is not black is drawn anew.
+            labels: classes of the new parts, as in a call.
+            margin: codes around those of the mask that are drawn anew too.
+            blend: put the pixels outside of the mask back; otherwise they are the tokenizer's reconstruction.
+            batch_size: images at once.
+            seed: image i depends on (seed, i) only.
+            output_type: pictures or a tensor.
+            **sampling: options of the prior's `sample`.
+
+        Raises:
+            ValueError: where masks do not fit the images, or the codes stand for no patches.
+        """
+        pictures, covers = _as_list(images), _as_list(masks)
+        if [p.size for p in pictures] != [c.size for c in covers]:
+            raise ValueError(
+                f"every image needs a mask of its size: got {[p.size for p in pictures]} and {[c.size for c in covers]}"
+            )
+        numbers = self._label_numbers(labels, len(pictures))
+        originals = self.preprocess(pictures)
+        as_grey = dataclasses.replace(self.tokenizer.config.preprocessing, in_channels=1)
+        black_or_white = [cover.convert("L").point(lambda value: 255 if value else 0) for cover in covers]
+        pixels = torch.stack([to_pixels(cover, as_grey)[0] > 0 for cover in black_or_white])
+        unknown = codes_of_pixels(pixels, self.prior.code_layout, margin)
+
+        def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+            codes, decoded = self._redraw(originals[index], unknown[index], numbers, index, seeds, sampling)
+            if blend:
+                decoded = torch.where(pixels[index][:, None], decoded, originals[index].cpu())
+            return codes, decoded
+
+        return self._in_batches(len(pictures), numbers, batch_size, seed, output_type, draw)
+
+    @torch.no_grad()
+    def variations(
+        self,
+        image: Image.Image,
+        strength: float,
+        num_images: int = 4,
+        labels: Labels = None,
+        *,
+        batch_size: int = 64,
+        seed: int | None = None,
+        output_type: Literal["pil", "tensor"] = "pil",
+        **sampling: Any,
+    ) -> GenerationOutput:
+        """Draw a random share of an image's positions anew, another one for each variation.
+
+        Args:
+            image: a picture of any size.
+            strength: the share, from 0 (the reconstruction) to 1 (a new image).
+            num_images: how many variations.
+            labels: classes of the new parts, as in a call.
+            batch_size: images at once.
+            seed: variation i depends on (seed, i) only.
+            output_type: pictures or a tensor.
+            **sampling: options of the prior's `sample`.
+
+        Raises:
+            ValueError: for a strength outside of [0, 1].
+        """
+        numbers = self._label_numbers(labels, num_images)
+        original = self.preprocess(image)
+
+        def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+            unknown = random_positions(self.prior.code_layout, strength, mix(seeds, _WHERE))
+            return self._redraw(original.expand(len(index), -1, -1, -1), unknown, numbers, index, seeds, sampling)
+
+        return self._in_batches(num_images, numbers, batch_size, seed, output_type, draw)
+
+    def _redraw(
+        self,
+        images: Tensor,
+        unknown: Tensor,
+        numbers: Tensor | None,
+        index: Tensor,
+        seeds: Tensor,
+        sampling: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and decoded images `(B, C, H, W)` with the codes of `unknown` drawn anew."""
+        codes = self.prior.sample(
+            len(index),
+            None if numbers is None else numbers[index].to(self.device),
+            seeds=seeds,
+            known=self.tokenizer.encode(images).to(self.device),
+            known_mask=~unknown.to(self.device),
+            **sampling,
+        )
+        return codes.cpu(), self.tokenizer.decode(codes.to(self.tokenizer.device)).float().cpu()
+
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Pictures of any size and mode as the tokenizer's input, `(B, C, H, W)` float32 in [-1, 1]."""
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        if not pictures:
-            raise ValueError("expected at least one image, got none")
+        pictures = _as_list(images)
         pixels = torch.stack([to_pixels(picture, self.tokenizer.config.preprocessing) for picture in pictures])
         return to_unit_range(pixels).to(self.tokenizer.device)
 
@@ -241,6 +413,13 @@ class ImageGenerationPipeline:
         """
         options = {} if dtype is None else {"dtype": dtype}
         return cls(ImageTokenizer.from_pretrained(tokenizer, **options), Prior.from_pretrained(prior, **options))
+
+
+def _as_list(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    if not pictures:
+        raise ValueError("expected at least one image, got none")
+    return pictures
 
 
 def image_seeds(seed: int, index: Tensor) -> Tensor:

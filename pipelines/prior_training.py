@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from configs.random_streams import mix
 from configs.schema import PriorTrainingConfig
-from configs.validation import did_you_mean
+from configs.validation import from_mapping
 from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
 from pipelines.evaluation import evaluate_prior
 from pipelines.index_stream import hold_out
@@ -73,7 +72,8 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         for step in run.steps():
             for codes, labels, seeds in islice(batches, config.accumulation_steps):
                 with run.accelerator.accumulate(run.model):
-                    output = run.model(codes, labels, seeds=seeds)
+                    modelled, condition = prior.split_condition(codes)
+                    output = run.model(modelled, labels, condition=condition, seeds=seeds)
                     run.accelerator.backward(output.loss)
                     run.optimizer_step()
                     run.log.add({"loss": output.loss, **output.metrics})
@@ -116,16 +116,12 @@ def _make_prior(config: PriorTrainingConfig, info: CodeInfo) -> Prior:
     )
     if config.init_from is not None:
         load_matching_weights(prior, Prior.from_pretrained(config.init_from), config.init_from)
-    options = inspect.signature(prior.sample).parameters
-    for name in config.sampling:
-        if name not in options or name in ("batch_size", "labels", "seeds"):
-            known = [n for n in options if n not in ("batch_size", "labels", "seeds")]
-            raise ValueError(did_you_mean(f"sampling.{name}", [f"sampling.{n}" for n in known], "key"))
-    drawn = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0} | config.sampling
     try:
-        prior.check_sampling(torch.zeros(1, dtype=torch.int64) if class_names else None, **drawn)
-    except (TypeError, ValueError) as error:
+        prior.check_sampling(bool(class_names), from_mapping(prior.sampling_options, config.sampling, "sampling."))
+    except ValueError as error:
         raise ValueError(f"the pictures cannot be drawn with sampling={config.sampling}: {error}") from error
+    if config.activation_checkpointing:
+        prior.checkpoint_activations()
     return prior
 
 
@@ -200,10 +196,10 @@ def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: 
         max_batches=2 if run.config.dry_run else None,
     )
     run.log.write(step, "validation", run.seconds, figures)
-    run.log.print(
-        f"{figures['bits_per_code']:.3f} bits per code (histogram: {figures['first_order_bits_per_code']:.3f})",
-        f"step {step + 1}",
-    )
+    bits, what = figures.get("bits_per_code"), "bits per code"
+    if bits is None:
+        bits, what = figures["bits_per_code_bound"], "bits per code at most (a bound)"
+    run.log.print(f"{bits:.3f} {what}; histogram: {figures['first_order_bits_per_code']:.3f}", f"step {step + 1}")
     return figures
 
 

@@ -7,9 +7,11 @@ from configs.layout import CodeLayout
 from configs.loading import check_options
 from prior.base import Prior, PriorConfig, PriorOutput
 from prior.gpt import GPT
+from prior.maskgit import MaskGIT
 
 PRIORS: dict[str, type[Prior]] = {
     "gpt": GPT,
+    "maskgit": MaskGIT,
 }
 
 PRIOR_CONFIGS: dict[str, type[PriorConfig]] = {name: cls.config_class for name, cls in PRIORS.items()}

@@ -45,6 +45,7 @@ class AutoregressivePrior(Prior):
     """log p(codes) = sum over j of log p(code j | earlier codes, class), coarse to fine, raster order within a grid."""
 
     sampling_options = AutoregressiveOptions
+    has_log_prob = True
 
     @abstractmethod
     def logits(self, codes: Tensor, labels: Tensor | None = None, *, condition: Tensor | None = None) -> Tensor:

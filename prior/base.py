@@ -79,6 +79,8 @@ class Prior(StrictLoading, PreTrainedModel):
     main_input_name = "codes"
     sampling_options: ClassVar[type[SamplingOptions]] = SamplingOptions
     """What the keywords of `sample` are."""
+    has_log_prob: ClassVar[bool] = False
+    """Whether the evaluation loss is exact; otherwise it is an upper bound on it."""
     compiled_sampling: bool = False
     """Whether `sample` compiles its steps (see `compile_sampling`)."""
 
@@ -244,7 +246,11 @@ class Prior(StrictLoading, PreTrainedModel):
             return {"known": nothing, "known_mask": nothing.bool()}
         if known is None or mask is None:
             raise ValueError("known codes come with a known_mask of the same shape: give both, or neither")
-        if known.shape != (batch_size, *self.code_layout.shape) or mask.shape != known.shape or mask.dtype != torch.bool:
+        if (
+            known.shape != (batch_size, *self.code_layout.shape)
+            or mask.shape != known.shape
+            or mask.dtype != torch.bool
+        ):
             raise ValueError(
                 f"known and known_mask (bool) have shape {(batch_size, *self.code_layout.shape)}, "
                 f"got {tuple(known.shape)} and {tuple(mask.shape)} ({str(mask.dtype).removeprefix('torch.')})"

@@ -192,7 +192,27 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: where the codes have another shape, or are not in [0, K).
         """
-        grids = self.code_layout.split(codes)
+        return self._decode(self.code_layout.split(codes))
+
+    @torch.no_grad()
+    def decode_larger(self, codes: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1], clamped, of a single grid of any height and width.
+
+        Raises:
+            ValueError: where the tokenizer has several grids, or the depth is another.
+        """
+        grid = self.code_layout.grids[0]
+        if (
+            len(self.code_layout.grids) > 1
+            or codes.ndim != 1 + len(grid.code_shape)
+            or codes.shape[3:] != grid.code_shape[2:]
+        ):
+            raise ValueError(
+                f"codes of another size should be one grid like [{self.code_layout}], got {tuple(codes.shape)}"
+            )
+        return self._decode([codes])
+
+    def _decode(self, grids: list[Tensor]) -> Tensor:
         for part, grid in zip(grids, self.code_layout.grids, strict=True):
             if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < grid.vocab_size:
                 raise ValueError(
@@ -207,19 +227,6 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         self.requires_grad_(False)
         self.decoder.requires_grad_(True)
         self.train(self.training)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the inputs of blocks only, and compute what is inside again in the backward pass.
-
-        Raises:
-            ValueError: where the network has no such blocks.
-        """
-        if not self.supports_gradient_checkpointing:
-            name = self.config.model_type.removeprefix("tessera-")
-            raise ValueError(f"activation_checkpointing is for vqgan; {name} has no blocks to checkpoint")
-        # transformers has renamed it.
-        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
