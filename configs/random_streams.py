@@ -42,6 +42,6 @@ def uniform(key: Any, counter: Any) -> Any:
     return _shift(mix(key, counter), 40) * 2.0**-24
 
 
-def integer(key: Any, counter: Any, bound: int) -> Any:
+def integer(key: Any, counter: Any, bound: Any) -> Any:
     """Integers in [0, bound) from `mix(key, counter)`; the bias is below bound / 2**63."""
     return _shift(mix(key, counter), 1) % bound

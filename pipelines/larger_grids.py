@@ -1,7 +1,8 @@
-"""Grids of codes larger than a prior was trained on, filled through a sliding window (Esser et al. 2021, section 3.3)."""
+"""Grids of codes larger than a prior was trained on, through a sliding window (Esser et al. 2021, section 3.3)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from configs.random_streams import mix
 from prior import Prior
 
 
-def check_grid(prior: Prior, grid: list[int] | tuple[int, int]) -> CodeGrid:
+def check_grid(prior: Prior, grid: Sequence[int]) -> CodeGrid:
     """The grid of `grid` codes in the prior's layout.
 
     Raises:
@@ -22,9 +23,8 @@ def check_grid(prior: Prior, grid: list[int] | tuple[int, int]) -> CodeGrid:
     trained = layout.grids[0]
     if len(layout.grids) != 1 or len(trained.shape) != 2:
         raise ValueError(f"grid={list(grid)} needs one 2-D grid of codes to slide over, but the prior has [{layout}]")
-    if len(grid) != 2 or any(
-        type(size) is not int or size < was for size, was in zip(grid, trained.shape, strict=True)
-    ):
+    smaller = any(type(size) is not int or size < was for size, was in zip(grid, trained.shape, strict=False))
+    if len(grid) != 2 or smaller:
         raise ValueError(f"grid should be [rows, columns], at least {list(trained.shape)}, got {list(grid)}")
     return CodeGrid(tuple(grid), trained.vocab_size, trained.depth)
 

@@ -246,14 +246,10 @@ class Prior(StrictLoading, PreTrainedModel):
             return {"known": nothing, "known_mask": nothing.bool()}
         if known is None or mask is None:
             raise ValueError("known codes come with a known_mask of the same shape: give both, or neither")
-        if (
-            known.shape != (batch_size, *self.code_layout.shape)
-            or mask.shape != known.shape
-            or mask.dtype != torch.bool
-        ):
+        expected = (batch_size, *self.code_layout.shape)
+        if known.shape != expected or mask.shape != expected or mask.dtype != torch.bool:
             raise ValueError(
-                f"known and known_mask (bool) have shape {(batch_size, *self.code_layout.shape)}, "
-                f"got {tuple(known.shape)} and {tuple(mask.shape)} ({str(mask.dtype).removeprefix('torch.')})"
+                f"known and known_mask (bool) have shape {expected}, got {tuple(known.shape)} and {tuple(mask.shape)} ({str(mask.dtype).removeprefix('torch.')})"
             )
         mask = mask.to(self.device)
         return {"known": self.check_codes(known.to(self.device) * mask), "known_mask": mask.flatten(1)}

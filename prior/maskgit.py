@@ -1,4 +1,4 @@
-"""MaskGIT: a bidirectional transformer that fills in masked codes, many at a time (Chang et al. 2022, arXiv:2202.04200)."""
+"""MaskGIT: a bidirectional transformer that fills in masked codes (Chang et al. 2022, arXiv:2202.04200)."""
 
 from __future__ import annotations
 

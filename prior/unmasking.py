@@ -68,7 +68,8 @@ def halton_order(layout: CodeLayout) -> Tensor:
 
 def _visited_cells(shape: Sequence[int]) -> list[int]:
     """Cells of a grid in the order of their first visit, as raster indices."""
-    total, seen = math.prod(shape), {}
+    total = math.prod(shape)
+    seen: dict[int, None] = {}
     for index in itertools.count():
         cell = 0
         for size, prime in zip(shape, _PRIMES, strict=False):

@@ -201,15 +201,9 @@ class ImageTokenizer(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: where the tokenizer has several grids, or the depth is another.
         """
-        grid = self.code_layout.grids[0]
-        if (
-            len(self.code_layout.grids) > 1
-            or codes.ndim != 1 + len(grid.code_shape)
-            or codes.shape[3:] != grid.code_shape[2:]
-        ):
-            raise ValueError(
-                f"codes of another size should be one grid like [{self.code_layout}], got {tuple(codes.shape)}"
-            )
+        layout, shape = self.code_layout, tuple(codes.shape[1:])
+        if len(layout.grids) > 1 or len(shape) != len(layout.shape) or shape[2:] != layout.shape[2:]:
+            raise ValueError(f"codes of another size should be one grid like [{layout}], got {tuple(codes.shape)}")
         return self._decode([codes])
 
     def _decode(self, grids: list[Tensor]) -> Tensor:
