@@ -249,7 +249,8 @@ class Prior(StrictLoading, PreTrainedModel):
         expected = (batch_size, *self.code_layout.shape)
         if known.shape != expected or mask.shape != expected or mask.dtype != torch.bool:
             raise ValueError(
-                f"known and known_mask (bool) have shape {expected}, got {tuple(known.shape)} and {tuple(mask.shape)} ({str(mask.dtype).removeprefix('torch.')})"
+                f"known and known_mask (bool) have shape {expected}, got {tuple(known.shape)} and {tuple(mask.shape)} "
+                f"({str(mask.dtype).removeprefix('torch.')})"
             )
         mask = mask.to(self.device)
         return {"known": self.check_codes(known.to(self.device) * mask), "known_mask": mask.flatten(1)}
