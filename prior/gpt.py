@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from configs.random_streams import integer, mix, uniform
 from configs.validation import Share
 from prior.autoregressive import AutoregressivePrior
-from prior.transformer import LayerCache
+from prior.transformer import LayerCache, StaticCache
 from prior.transformer_prior import TransformerPrior, TransformerPriorConfig
 
 
@@ -34,6 +36,7 @@ class GPT(AutoregressivePrior, TransformerPrior):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
+        self._compiled_step: Callable[..., Tensor] | None = None
         self.start = nn.Parameter(nn.init.normal_(torch.empty(config.width), std=0.02))
         self.post_init()
 
@@ -61,29 +64,49 @@ class GPT(AutoregressivePrior, TransformerPrior):
         replaced = integer(mix(seeds, 2)[:, None], place, sizes)
         return torch.where(hit, replaced, flat).view_as(codes)
 
-    def code_by_code(self, labels: Tensor, condition: Tensor | None, compiled: bool) -> _CachedSteps:
-        return _CachedSteps(self, labels)
+    def code_by_code(self, labels: Tensor, condition: Tensor | None, compiled: bool) -> CachedSteps:
+        if compiled and self._compiled_step is None:
+            self._compiled_step = torch.compile(self._step, dynamic=False, fullgraph=True)
+        return CachedSteps(self, labels, self._compiled_step if compiled else None)
+
+    def _step(self, codes: Tensor, place: Tensor, places: Tensor, cache: list[LayerCache]) -> Tensor:
+        """Logits `(rows, K)` of the code at `place` `(1,)` int64, given the one before, `(rows, 1)`; no shape changes."""
+        offsets, rotary = self.tables()
+        x = self.code_embedding(codes + offsets[place - 1]) + places[:, place]
+        visible = (torch.arange(places.shape[1], device=codes.device) <= place).view(1, 1, 1, -1)
+        static = [StaticCache(layer, place, visible) for layer in cache]
+        return self.head(self.transformer(x, rotary[:, place], cache=static)[:, 0])
 
 
-class _CachedSteps:
-    """Slot after slot through the transformer, whose keys and values are kept."""
+class CachedSteps:
+    """Slot after slot through the transformer, whose keys and values are kept.
 
-    def __init__(self, prior: GPT, labels: Tensor) -> None:
-        self.prior = prior
+    Args:
+        prior: what is sampled.
+        labels: `(rows,)` int64.
+        compiled: a compiled `GPT._step`, for all slots after those of the first call.
+    """
+
+    def __init__(self, prior: GPT, labels: Tensor, compiled: Callable[..., Tensor] | None = None) -> None:
+        self.prior, self.compiled = prior, compiled
         self.offsets, self.rotary = prior.tables()
         self.places = prior.places(labels)  # (rows, L, width)
         rows, L, _ = self.places.shape
         device = labels.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else prior.dtype
-        self.cache: list[LayerCache] = prior.transformer.new_cache(rows, L, dtype, labels.device)
+        self.cache = prior.transformer.new_cache(rows, L, dtype, labels.device)
+        self.done = 0
 
     def next(self, codes: Tensor) -> Tensor:
-        done = self.cache[0].length
-        first = max(done - 1, 0)  # the code that the first new slot reads
-        x = self.prior.code_embedding(codes + self.offsets[first : first + codes.shape[1]])
-        if done == 0:
+        first, self.done = self.done, max(self.done, 1) + codes.shape[1]
+        if first and self.compiled is not None:
+            place = torch.tensor([first], device=codes.device)
+            return self.compiled(codes, place, self.places, self.cache)
+        read = slice(max(first - 1, 0), self.done - 1)  # the codes that the new slots read
+        x = self.prior.code_embedding(codes + self.offsets[read])
+        if first == 0:
             x = torch.cat([self.prior.start.expand(len(self.places), 1, -1), x], dim=1)
-        here = slice(done, done + x.shape[1])
+        here = slice(first, self.done)
         hidden = self.prior.transformer(x + self.places[:, here], self.rotary[:, here], causal=True, cache=self.cache)
         return self.prior.head(hidden[:, -1])
 

@@ -83,7 +83,7 @@ class StaticCache:
     Args:
         layer: where keys and values are.
         position: `(1,)` int64.
-        mask: `(L,)` bool, true at the positions up to this one.
+        mask: `(1, 1, 1, L)` bool, true at the positions up to this one.
     """
 
     def __init__(self, layer: LayerCache, position: Tensor, mask: Tensor) -> None:

@@ -9,12 +9,16 @@ import sys
 from dataclasses import replace
 
 from configs.validation import did_you_mean
-from pipelines.benchmarks import quantizers, tokenizers
+from pipelines.benchmarks import priors, quantizers, tokenizers
 from pipelines.benchmarks.harness import OURS, Section, measure
 
-SECTIONS: dict[str, Section] = {"quantizers": quantizers.SECTION, "tokenizers": tokenizers.SECTION}
+SECTIONS: dict[str, Section] = {
+    "quantizers": quantizers.SECTION,
+    "tokenizers": tokenizers.SECTION,
+    "priors": priors.SECTION,
+}
 
-PEERS = {"diffusers": "diffusers", "vector-quantize-pytorch": "vector_quantize_pytorch"}
+PEERS = {"diffusers": "diffusers", "transformers": "transformers", "vector-quantize-pytorch": "vector_quantize_pytorch"}
 """Libraries to measure against, and what they are imported as."""
 
 

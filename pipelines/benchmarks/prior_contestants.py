@@ -1,0 +1,312 @@
+"""Who is measured on priors: loops as they are commonly written, in plain PyTorch, and transformers' Llama."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.layout import CodeLayout
+from configs.schema import PriorTrainingConfig
+from pipelines.benchmarks.harness import Run
+from pipelines.devices import default_device
+from pipelines.optimization import make_optimizer
+from prior import build_prior
+from prior.autoregressive import AutoregressivePrior
+from prior.maskgit import MaskGIT
+
+WIDTH, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, NUM_CLASSES = 384, 6, 6, 1024, 10
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case does."""
+
+    model: str
+    side: int
+    """The grid has side x side codes."""
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    guided: bool = False
+    compiled: bool = False
+    steps: int = 8
+    """Of MaskGIT."""
+
+    @property
+    def num_codes(self) -> int:
+        return self.side**2
+
+    def prior(self) -> Any:
+        """Ours, as a run of this size would build it."""
+        sizes: dict[str, Any] = {"width": WIDTH, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "dropout": 0.0}
+        if self.model == "pixelcnn":
+            sizes = {"width": 128, "num_layers": 12, "dropout": 0.0}
+        layout = CodeLayout.single((self.side, self.side), VOCAB_SIZE)
+        prior = build_prior({"name": self.model, **sizes}, layout, num_classes=NUM_CLASSES)
+        model: Any = prior
+        return model.to(default_device())
+
+    def labels(self) -> Tensor:
+        return torch.arange(self.batch_size, device=default_device()) % NUM_CLASSES
+
+
+def sample(work: Work) -> Run:
+    """Ours: a call of `Prior.sample`."""
+    prior = work.prior().to(work.dtype).eval().compile_sampling(work.compiled)
+    options: dict[str, Any] = {"guidance_scale": SCALE} if work.guided else {}
+    if work.model == "maskgit":
+        options["steps"] = work.steps
+
+    def run() -> Tensor:
+        seeds = torch.arange(work.batch_size, device=default_device())
+        return prior.sample(work.batch_size, work.labels(), seeds=seeds, **options)
+
+    if work.compiled:
+        run()  # what compiling takes belongs to the set-up
+    return run
+
+
+class PlainLayer(nn.Module):
+    """Attention and SwiGLU behind norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hidden = math.ceil(WIDTH * 8 / 3 / 32) * 32
+        self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate, self.up = nn.Linear(WIDTH, hidden, bias=False), nn.Linear(WIDTH, hidden, bias=False)
+        self.down = nn.Linear(hidden, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, place: Tensor, rotation: Tensor, cache: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 1, 3, NUM_HEADS, -1).unbind(2)
+        keys, values = cache
+        keys[:, :, place], values[:, :, place] = _rotate(k, rotation).transpose(1, 2), v.transpose(1, 2)
+        q = _rotate(q, rotation).transpose(1, 2)
+        x = x + self.out(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(len(x), 1, WIDTH))
+        hidden = self.norm2(x)
+        return x + self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class PlainDecoder(nn.Module):
+    """A decoder-only transformer of the same size, written like gpt-fast: a static cache behind a mask."""
+
+    rotations: Tensor
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(VOCAB_SIZE + NUM_CLASSES + 1, WIDTH)  # classes are further codes, the first of all
+        self.layers = nn.ModuleList(PlainLayer() for _ in range(NUM_LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB_SIZE, bias=False)
+        half = WIDTH // NUM_HEADS // 2
+        angles = torch.arange(num_codes)[:, None] * 10_000 ** -(torch.arange(half) / half)
+        self.register_buffer("rotations", torch.stack([angles.cos(), angles.sin()]))
+
+    def forward(self, codes: Tensor, place: Tensor, cache: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
+        """Logits `(B, K)` after the codes `(B, 1)` at `place` `(1,)`."""
+        x, rotation, visible = self.codes(codes), self.rotations[:, place], mask[place]
+        for layer, kept in zip(self.layers, cache, strict=True):
+            x = layer(x, place, rotation, kept, visible)
+        return self.head(self.norm(x))[:, 0]
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions of `(B, 1, heads, head_dim)`."""
+    cos, sin = rotation[:, :, None]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+@torch.no_grad()
+def sample_plainly(work: Work) -> Run:
+    """The loop around `PlainDecoder`: guidance as one batch of twice the size, a draw by multinomial."""
+    device = default_device()
+    model = PlainDecoder(work.num_codes).to(device).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm):
+            module.to(work.dtype)
+    rows = work.batch_size * (2 if work.guided else 1)
+    shape = (rows, NUM_HEADS, work.num_codes, WIDTH // NUM_HEADS)
+    mask = torch.ones(work.num_codes, work.num_codes, dtype=torch.bool, device=device).tril()
+    step = torch.compile(model, dynamic=False, fullgraph=True) if work.compiled else model
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        empty = torch.zeros((NUM_LAYERS, 2, *shape), dtype=work.dtype, device=device)
+        cache = [(keys, values) for keys, values in empty]
+        codes = VOCAB_SIZE + work.labels()
+        if work.guided:
+            codes = torch.cat([codes, torch.full_like(codes, VOCAB_SIZE + NUM_CLASSES)])
+        codes, drawn = codes[:, None], []
+        for place in range(work.num_codes):
+            logits = step(codes, torch.tensor([place], device=device), cache, mask).float()
+            if work.guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + SCALE * (conditional - unconditional)
+            drawn.append(torch.multinomial(logits.softmax(-1), 1))
+            codes = torch.cat([drawn[-1], drawn[-1]]) if work.guided else drawn[-1]
+        return torch.cat(drawn, dim=1)
+
+    if work.compiled:
+        run()
+    return run
+
+
+def _llama(num_codes: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = math.ceil(WIDTH * 8 / 3 / 32) * 32
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "bos_token_id": None, "eos_token_id": None}
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE + NUM_CLASSES + 1,
+        hidden_size=WIDTH,
+        intermediate_size=hidden,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        max_position_embeddings=num_codes + 1,
+        pad_token_id=VOCAB_SIZE + NUM_CLASSES,
+        **options,
+    )
+    model: Any = LlamaForCausalLM(config)
+    return model.to(default_device())
+
+
+def sample_llama(work: Work) -> Run:
+    """transformers' generate with a static cache."""
+    model = _llama(work.num_codes).to(work.dtype).eval()
+
+    def run() -> object:
+        return model.generate(
+            VOCAB_SIZE + work.labels()[:, None],
+            max_new_tokens=work.num_codes,
+            do_sample=True,
+            cache_implementation="static",
+            disable_compile=True,
+            suppress_tokens=list(range(VOCAB_SIZE, VOCAB_SIZE + NUM_CLASSES + 1)),
+        )
+
+    return run
+
+
+@torch.no_grad()
+def fill_in_plainly(work: Work) -> Run:
+    """MaskGIT's loop on our network as commonly written: logits of all codes at each step, confidence, a cosine."""
+    prior = work.prior().to(work.dtype).eval()
+    assert isinstance(prior, MaskGIT)
+    L, none = work.num_codes, torch.full((work.batch_size,), NUM_CLASSES)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        codes = torch.zeros(work.batch_size, L, dtype=torch.int64)
+        masked = torch.ones_like(codes, dtype=torch.bool)
+        for step in range(work.steps):
+            rows = codes.masked_fill(masked, VOCAB_SIZE)
+            labels = work.labels()
+            if work.guided:
+                rows, labels = torch.cat([rows, rows]), torch.cat([labels, none])
+            x = prior.code_embedding(rows) + prior.position_embedding.weight + prior.class_embedding(labels)[:, None]
+            logits = prior.head(prior.transformer(x, prior.tables()[1])).float()
+            if work.guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + SCALE * (conditional - unconditional)
+            probabilities = logits.softmax(-1)
+            drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view_as(codes)
+            confidence = probabilities.gather(-1, drawn[..., None])[..., 0].log()
+            noise = -torch.log(-torch.log(torch.rand_like(confidence).clamp(min=1e-20)))
+            confidence = confidence + 4.5 * (1 - (step + 1) / work.steps) * noise
+            left = 0 if step + 1 == work.steps else math.ceil(math.cos(math.pi / 2 * (step + 1) / work.steps) * L)
+            order = confidence.masked_fill(~masked, float("-inf")).argsort(dim=1, descending=True)
+            revealed = torch.zeros_like(masked).scatter_(1, order[:, : int(masked[0].sum()) - left], True)
+            codes, masked = torch.where(revealed, drawn, codes), masked & ~revealed
+        return codes
+
+    return run
+
+
+def recompute(work: Work) -> Run:
+    """Code by code with the whole network anew for each, as samplers of PixelCNN are commonly written."""
+    prior = work.prior().to(work.dtype).eval()
+    assert isinstance(prior, AutoregressivePrior)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        codes = torch.zeros(work.batch_size, work.num_codes, dtype=torch.int64, device=prior.device)
+        for j in range(work.num_codes):
+            logits = prior.logits(codes.view(-1, work.side, work.side), work.labels())[:, j]
+            codes[:, j] = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        return codes
+
+    return run
+
+
+def train(work: Work) -> Run:
+    """Ours: forward, backward and AdamW on one batch."""
+    prior = work.prior().train()
+    codes = torch.randint(0, VOCAB_SIZE, (work.batch_size, work.side, work.side), device=prior.device)
+    return _descend(prior, lambda: prior(codes, work.labels()).loss, work)
+
+
+class PlainBlock(nn.Module):
+    """nanoGPT's block: LayerNorm, fused attention, a GELU layer of four times the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, _ = x.shape
+        q, k, v = (part.view(B, L, NUM_HEADS, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(WIDTH, 2))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(B, L, WIDTH))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PlainGPT(nn.Module):
+    """nanoGPT's network at this size."""
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.codes, self.places = nn.Embedding(VOCAB_SIZE, WIDTH), nn.Embedding(num_codes, WIDTH)
+        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(NUM_LAYERS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, VOCAB_SIZE, bias=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.codes(codes) + self.places.weight)))
+
+
+def train_plainly(work: Work) -> Run:
+    """nanoGPT's network and step."""
+    model = PlainGPT(work.num_codes).to(default_device()).train()
+    codes = torch.randint(0, VOCAB_SIZE, (work.batch_size, work.num_codes + 1), device=default_device())
+    return _descend(
+        model, lambda: F.cross_entropy(model(codes[:, :-1]).flatten(0, 1).float(), codes[:, 1:].flatten()), work
+    )
+
+
+def train_llama(work: Work) -> Run:
+    """transformers' Llama and its own loss."""
+    model = _llama(work.num_codes).train()
+    codes = torch.randint(0, VOCAB_SIZE, (work.batch_size, work.num_codes), device=default_device())
+    return _descend(model, lambda: model(codes, labels=codes).loss, work)
+
+
+def _descend(model: nn.Module, loss: Callable[[], Tensor], work: Work) -> Run:
+    optimizer = make_optimizer(PriorTrainingConfig(), model)
+
+    def run() -> Tensor:
+        with torch.autocast(default_device().type, torch.bfloat16, enabled=work.dtype == torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return run
