@@ -70,7 +70,7 @@ class GPT(AutoregressivePrior, TransformerPrior):
         return CachedSteps(self, labels, self._compiled_step if compiled else None)
 
     def _step(self, codes: Tensor, place: Tensor, places: Tensor, cache: list[LayerCache]) -> Tensor:
-        """Logits `(rows, K)` of the code at `place` `(1,)` int64, given the one before, `(rows, 1)`; no shape changes."""
+        """Logits `(rows, K)` of the code at `place` `(1,)` int64, given the one before it, `(rows, 1)`."""
         offsets, rotary = self.tables()
         x = self.code_embedding(codes + offsets[place - 1]) + places[:, place]
         visible = (torch.arange(places.shape[1], device=codes.device) <= place).view(1, 1, 1, -1)
