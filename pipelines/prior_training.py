@@ -49,6 +49,8 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         if run.plan(len(train[0])):
             return run.folder
         tokenizer, why_no_pictures = _find_tokenizer(config, info)
+        if prior.code_layout != info.layout:
+            tokenizer, why_no_pictures = None, f"none: the prior models [{prior.code_layout}] alone"
         classes = f"{prior.config.num_classes} classes" if prior.config.num_classes else "no classes"
         run.announce(
             prior,
