@@ -8,10 +8,12 @@ from configs.loading import check_options
 from prior.base import Prior, PriorConfig, PriorOutput
 from prior.gpt import GPT
 from prior.maskgit import MaskGIT
+from prior.pixelcnn import PixelCNN
 
 PRIORS: dict[str, type[Prior]] = {
     "gpt": GPT,
     "maskgit": MaskGIT,
+    "pixelcnn": PixelCNN,
 }
 
 PRIOR_CONFIGS: dict[str, type[PriorConfig]] = {name: cls.config_class for name, cls in PRIORS.items()}
