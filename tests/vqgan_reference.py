@@ -74,6 +74,5 @@ def copy_layer(target: nn.Module, source: nn.Module) -> None:
 def copy_weights(encoder: Encoder, decoder: Decoder, reference: VQModel) -> None:
     """Every layer of diffusers' onto the one in the same place of ours; both have as many, of the same shapes."""
     for part, sources in ((encoder, encoder_layers(reference)), (decoder, decoder_layers(reference))):
-        targets = [layer for layer in part if not isinstance(layer, nn.SiLU)]
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(part, sources, strict=True):
             copy_layer(target, source)

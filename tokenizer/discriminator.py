@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrum
 from torch.nn.utils.parametrize import ParametrizationList
 
 from configs.loading import check_options
@@ -55,14 +55,16 @@ class PatchGAN(nn.Sequential):
         layers: list[nn.Module] = []
         for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
             convolution = nn.Conv2d(in_channels, width, 4, stride, 1, bias=i == 0 or norm != "batch")
-            layers.append(_spectral(convolution, spectral_norm))
+            layers.append(convolution)
             if i and norm != "none":
                 layers.append(normalization(norm, width))
             layers.append(nn.LeakyReLU(0.2))
             in_channels = width
-        super().__init__(*layers, _spectral(nn.Conv2d(in_channels, 1, 4, 1, 1), spectral_norm))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and not spectral_norm:
+        super().__init__(*layers, nn.Conv2d(in_channels, 1, 4, 1, 1))
+        for module in _layers_with_weights(self):
+            if spectral_norm:
+                normalize_spectrum(module)
+            else:
                 nn.init.normal_(module.weight, 0, 0.02)
 
 
@@ -95,18 +97,18 @@ class StyleGANDiscriminator(nn.Module):
                 f"images of {height}x{width} pixels are too small for stylegan: sides should be at least 8"
             )
         num_blocks = max(1, int(math.log2(min(height, width))) - 2)
-        layers: list[nn.Module] = [_spectral(nn.Conv2d(in_channels, channels, 3, padding=1), spectral_norm)]
-        layers.append(nn.LeakyReLU(0.2))
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
             wider = min(2 * channels, max_channels)
-            layers.append(_HalvingBlock(channels, wider, spectral_norm))
+            layers.append(_HalvingBlock(channels, wider))
             channels, height, width = wider, (height + 1) // 2, (width + 1) // 2
-        layers += [_spectral(nn.Conv2d(channels, channels, 3, padding=1), spectral_norm), nn.LeakyReLU(0.2)]
-        layers += [nn.Flatten(), _spectral(nn.Linear(channels * height * width, channels), spectral_norm)]
-        layers += [nn.LeakyReLU(0.2), _spectral(nn.Linear(channels, 1), spectral_norm)]
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten()]
+        layers += [nn.Linear(channels * height * width, channels), nn.LeakyReLU(0.2), nn.Linear(channels, 1)]
         self.layers = nn.Sequential(*layers)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and not spectral_norm:
+        for module in _layers_with_weights(self):
+            if spectral_norm:
+                normalize_spectrum(module)
+            else:
                 nn.init.kaiming_normal_(module.weight, a=0.2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -118,11 +120,11 @@ class _HalvingBlock(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, in_channels: int, channels: int, spectral: bool) -> None:
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = _spectral(nn.Conv2d(in_channels, in_channels, 3, padding=1), spectral)
-        self.conv2 = _spectral(nn.Conv2d(in_channels, channels, 3, padding=1), spectral)
-        self.shortcut = _spectral(nn.Conv2d(in_channels, channels, 1, bias=False), spectral)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
         taps = torch.tensor([1.0, 2.0, 1.0]) / 4
         self.register_buffer("kernel", (taps[:, None] * taps).view(1, 1, 3, 3))
 
@@ -135,8 +137,8 @@ class _HalvingBlock(nn.Module):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
-def _spectral(layer: nn.Module, wanted: bool) -> nn.Module:
-    return spectral_norm(layer) if wanted else layer
+def _layers_with_weights(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
 
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"patchgan": PatchGAN, "stylegan": StyleGANDiscriminator}
