@@ -66,7 +66,10 @@ class GumbelQuantizer(Quantizer):
         log_p = F.log_softmax(logits, dim=-1)
         p = log_p.exp()
         kl = (p * (log_p + math.log(self.vocab_size))).sum(-1).mean()
-        unevenness = math.log(self.vocab_size) - joint_entropy([p.flatten(0, 1)])  # KL of the mean p from uniform
+        losses = {"kl": self.kl_weight * kl}
+        if self.training and self.entropy_weight:
+            uneven = math.log(self.vocab_size) - joint_entropy([p.flatten(0, 1)])
+            losses["entropy"] = self.entropy_weight * uneven
         noisy = logits
         if self.training:
             assert seeds is not None
@@ -82,7 +85,7 @@ class GumbelQuantizer(Quantizer):
         return QuantizerOutput(
             quantized.view(B, *grid, -1).movedim(-1, 1),
             codes.view(B, *grid),
-            {"kl": self.kl_weight * kl, "entropy": self.entropy_weight * unevenness},
+            losses,
             {"kl_to_uniform": kl.detach(), "gumbel_temperature": kl.new_tensor(self.temperature)},
         )
 
