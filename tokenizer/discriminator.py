@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -61,11 +61,7 @@ class PatchGAN(nn.Sequential):
             layers.append(nn.LeakyReLU(0.2))
             in_channels = width
         super().__init__(*layers, nn.Conv2d(in_channels, 1, 4, 1, 1))
-        for module in _layers_with_weights(self):
-            if spectral_norm:
-                normalize_spectrum(module)
-            else:
-                nn.init.normal_(module.weight, 0, 0.02)
+        _start_weights(self, spectral_norm, lambda weight: nn.init.normal_(weight, 0, 0.02))
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -105,11 +101,7 @@ class StyleGANDiscriminator(nn.Module):
         layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten()]
         layers += [nn.Linear(channels * height * width, channels), nn.LeakyReLU(0.2), nn.Linear(channels, 1)]
         self.layers = nn.Sequential(*layers)
-        for module in _layers_with_weights(self):
-            if spectral_norm:
-                normalize_spectrum(module)
-            else:
-                nn.init.kaiming_normal_(module.weight, a=0.2)
+        _start_weights(self, spectral_norm, lambda weight: nn.init.kaiming_normal_(weight, a=0.2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
@@ -137,8 +129,13 @@ class _HalvingBlock(nn.Module):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
-def _layers_with_weights(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+def _start_weights(network: nn.Module, spectral_norm: bool, draw: Callable[[Tensor], object]) -> None:
+    """Draw the weights of all layers; under a spectral norm they keep torch's, whose scale it divides out."""
+    for layer in [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]:
+        if spectral_norm:
+            normalize_spectrum(layer)
+        else:
+            draw(layer.weight)
 
 
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"patchgan": PatchGAN, "stylegan": StyleGANDiscriminator}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from configs.random_streams import mix
 from configs.validation import Count, Range, checked
+from tokenizer.collectives import mean_over_processes
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
-from tokenizer.quantizers.entropy import joint_entropy
+from tokenizer.quantizers.entropy import entropy
 
 Temperature = Annotated[float, Range(1e-3, 1e3)]
 
@@ -68,8 +69,8 @@ class GumbelQuantizer(Quantizer):
         kl = (p * (log_p + math.log(self.vocab_size))).sum(-1).mean()
         losses = {"kl": self.kl_weight * kl}
         if self.training and self.entropy_weight:
-            uneven = math.log(self.vocab_size) - joint_entropy([p.flatten(0, 1)])
-            losses["entropy"] = self.entropy_weight * uneven
+            mean_entropy = entropy(mean_over_processes(p.mean((0, 1))))
+            losses["entropy"] = self.entropy_weight * (math.log(self.vocab_size) - mean_entropy)
         noisy = logits
         if self.training:
             assert seeds is not None
