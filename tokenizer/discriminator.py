@@ -153,26 +153,35 @@ def build_discriminator(options: Mapping[str, Any], in_channels: int, image_size
 
 
 @contextmanager
-def left_alone(discriminator: nn.Module) -> Iterator[None]:
-    """A forward pass inside gives gradients to the images only, and moves no running statistic."""
-    trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+def statistics_kept(discriminator: nn.Module) -> Iterator[None]:
+    """A forward pass inside moves no running statistic: batch norms take the batch's, spectral norms do not iterate."""
     norms = [m for m in discriminator.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     spectral = [m for m in discriminator.modules() if isinstance(m, ParametrizationList) and m.training]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
         for norm in norms:
-            norm.track_running_stats = False  # the batch's own statistics, which are not remembered
+            norm.track_running_stats = False
         for parametrization in spectral:
-            parametrization.eval()  # no power iteration
+            parametrization.eval()
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for norm in norms:
             norm.track_running_stats = True
         for parametrization in spectral:
             parametrization.train()
+
+
+@contextmanager
+def left_alone(discriminator: nn.Module) -> Iterator[None]:
+    """A forward pass inside gives gradients to the images only, and moves no running statistic."""
+    trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with statistics_kept(discriminator):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
@@ -226,5 +235,7 @@ class LeCAM(nn.Module):
 def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
     """|d logits / d image|^2 / 2, a mean over real images (Mescheder et al. 2018, arXiv:1801.04406, equation 9)."""
     images = images.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    with statistics_kept(discriminator):
+        logits = discriminator(images)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1).mean() / 2
