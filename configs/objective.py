@@ -50,6 +50,10 @@ class ObjectiveConfig(Schema):
             raise ValueError(
                 f"objective.discriminator needs a name, got {self.discriminator!r}; give objective.discriminator.name="
             )
+        if self.adversarial_start >= 1 and self.adversarial_start != int(self.adversarial_start):
+            raise ValueError(
+                f"objective.adversarial_start={self.adversarial_start} should be a number of steps, or a share below 1"
+            )
         for name in ("lecam_weight", "r1_weight"):
             if getattr(self, name) and not self.adversarial_weight:
                 raise ValueError(

@@ -170,6 +170,10 @@ class TokenizerTrainingConfig(RunConfig):
         for block in ("model", "quantizer"):
             if not isinstance(getattr(self, block).get("name"), str):
                 raise ValueError(f"{block} needs a name, got {getattr(self, block)!r}; give {block}.name=")
+        if self.mixed_precision == "fp16" and self.objective.adversarial_weight:
+            raise ValueError(
+                "mixed_precision=fp16 scales one loss; objective.adversarial_weight= brings a second: give bf16 or no"
+            )
         if self.train_only == "decoder" and self.init_from is None:
             raise ValueError("train_only=decoder tunes a saved tokenizer; give init_from=DIR")
         if self.train_only == "decoder" and self.quantize_after:

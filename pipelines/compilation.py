@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from tokenizer import ImageTokenizer
 
 def require_compiler(device: torch.device) -> None:
     """Raise a ValueError where nothing can be compiled."""
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        raise ValueError("compile=true needs a C++ compiler: install g++ or clang++, or name one in CXX")
+    # Where torch looks for one.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile=true needs a C++ compiler, and there is no {compiler}: install it, or name one in CXX"
+        )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("compile=true on a GPU needs the package triton: pip install triton")
 

@@ -17,6 +17,8 @@ from pipelines.training_run import TrainingRun
 def open_run(config: RunConfig) -> Iterator[TrainingRun]:
     """A run for `config`; out of memory is explained, trackers are closed, and a dry run leaves nothing behind."""
     advice = f"lower batch_size={config.batch_size}, or raise accumulation_steps={config.accumulation_steps}"
+    if getattr(config, "activation_checkpointing", None) is False:
+        advice += ", or set activation_checkpointing=true where the model has blocks for it"
     scratch = Path(config.output_dir).with_name(f".{Path(config.output_dir).name}.dry-run")  # all processes know it
     if config.dry_run:
         shutil.rmtree(scratch, ignore_errors=True)

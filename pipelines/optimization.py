@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from configs.schema import RunConfig
 from tokenizer.quantizers import Quantizer
@@ -16,8 +17,11 @@ def make_optimizer(config: RunConfig, model: nn.Module, rate: float = 1.0) -> to
 
     Each group has a `scale`: how many times the run's learning rate it learns with, `rate` but for codebooks.
     """
+    # Of a layer under a spectral norm, weight is computed; what is trained stands behind it.
     decayed = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        id(module.get_parameter("parametrizations.weight.original" if is_parametrized(module, "weight") else "weight"))
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
     scales = {
         id(parameter): scale

@@ -28,7 +28,7 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = folder
         self._sums: dict[str, Tensor] = {}
-        self._num_added = 0
+        self._counts: dict[str, int] = {}
         self._warned = False
 
     def print(self, text: str, name: str = "") -> None:
@@ -47,18 +47,17 @@ class RunLog:
         """Remember values of one micro-batch; they stay on the device until `take_means`."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-        self._num_added += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def take_means(self, step: int) -> dict[str, float]:
-        """The means since the last call, over micro-batches and processes.
+        """The means since the last call, over processes and the micro-batches that had the value.
 
         Raises:
             ValueError: where the loss is not finite.
         """
-        names = list(self._sums)
-        means = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]) / self._num_added, "mean")
-        values = dict(zip(names, means.tolist(), strict=True))
-        self._sums, self._num_added = {}, 0
+        means = [total / self._counts[name] for name, total in self._sums.items()]
+        values = dict(zip(self._sums, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
+        self._sums, self._counts = {}, {}
         if not math.isfinite(values["loss"]):
             raise ValueError(
                 f"the loss is {values['loss']} near step {step + 1}; try a lower learning_rate, a longer warmup_steps "

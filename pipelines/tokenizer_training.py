@@ -58,7 +58,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             raise ValueError(
                 f"quantize_after={config.quantize_after} leaves none of {run.total_steps} steps to quantize"
             )
-        objective = TokenizerObjective(config.objective, tokenizer, run.total_steps)
+        with run.accelerator.main_process_first():  # which downloads what is missing
+            objective = TokenizerObjective(config.objective, tokenizer, run.total_steps)
         num_workers = default_num_workers(config.data)
         run.announce(
             tokenizer,
@@ -124,6 +125,7 @@ def prepare_models(
             torch.nn.Module.to(module, memory_format=torch.channels_last)
     rate = config.objective.discriminator_learning_rate
     run.prepare(tokenizer, objective.adversary, (rate or config.learning_rate) / config.learning_rate)
+    objective.resume()
     if config.compile:
         compile_tokenizer(tokenizer)
         if objective.perceptual is not None:
@@ -233,6 +235,7 @@ def _make_datasets(
     return found[0], found[1]
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: Iterator[ImageBatch]) -> None:
     """Show the quantizer as many latents as it asks for, of all processes, in the order of one process."""

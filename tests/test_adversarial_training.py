@@ -63,6 +63,31 @@ def test_each_term_is_logged_by_name_from_the_step_on_that_has_it(train):
     assert names == [always, always, always | of_discriminator | {"r1"}, always | of_discriminator]
 
 
+def test_a_logged_mean_is_over_the_steps_that_had_the_value(train):
+    run = train(*ADVERSARIAL, "objective.adversarial_start=3", "objective.adaptive_weight_max=0.25", "log_every=4")
+    (line,) = metrics(run)
+    assert line["adaptive_weight"] == pytest.approx(0.25)
+
+
+def test_a_start_after_the_last_step_is_refused(train):
+    with pytest.raises(ValueError, match=r"objective.adversarial_start=4.0 leaves none of 4 steps to the"):
+        train(*ADVERSARIAL, "objective.adversarial_start=4")
+
+
+def test_a_start_of_a_share_stays_where_it_was_when_the_training_is_continued(train):
+    train(*ADVERSARIAL, "objective.adversarial_start=0.5")
+    run = train(*ADVERSARIAL, "objective.adversarial_start=0.5", "steps=12")
+    assert [line["step"] for line in metrics(run) if "adversarial" in line] == list(range(3, 13))
+
+
+def test_bfloat16_gives_about_the_losses_of_float32(train):
+    options = [*ADVERSARIAL, *FEW_STEPS, "objective.reconstruction=logit_laplace", "learning_rate=1e-6", "steps=3"]
+    lines = [metrics(train(*options, f"mixed_precision={p}", name=p)) for p in ("no", "bf16")]
+    for exact, half in zip(*lines, strict=True):
+        for name in ("reconstruction", "adversarial", "adaptive_weight", "discriminator", "logits_real"):
+            assert half[name] == pytest.approx(exact[name], rel=0.05, abs=0.01), (exact["step"], name)
+
+
 def test_the_logged_loss_is_the_sum_of_the_tokenizers_terms(train):
     for line in metrics(train(*ADVERSARIAL, *FEW_STEPS)):
         total = line["reconstruction"] + line["adversarial"] + line["commitment"]
@@ -73,7 +98,7 @@ def test_the_discriminator_waits_in_the_checkpoint_and_not_in_the_saved_model(tr
     run = train(*ADVERSARIAL)
     assert not [name for name in weights(run) if "discriminator" in name]
     saved = load_file(run / "checkpoints" / "step-00000004" / "second.safetensors")
-    assert {name.split(".")[0] for name in saved} == {"discriminator", "lecam"}
+    assert {name.split(".")[0] for name in saved} == {"discriminator", "lecam", "first_step"}
 
 
 def test_the_discriminator_has_a_learning_rate_of_its_own(train):
@@ -186,7 +211,7 @@ def test_activation_checkpointing_of_a_network_without_blocks_is_refused(train):
 
 def test_compiling_without_a_compiler_is_refused_before_training(train, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler: install g\+\+ or clang\+\+"):
+    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler, and there is no .*: install it"):
         train("compile=true")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -196,7 +221,7 @@ def test_the_discriminator_is_compiled_where_it_has_no_r1(train, monkeypatch, r1
     compiled: list[str] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append("body of the decoder") or module)
-    train(*ADVERSARIAL, f"objective.r1_weight={r1_weight}", "compile=true", "steps=1")
+    train(*ADVERSARIAL, *FEW_STEPS, f"objective.r1_weight={r1_weight}", "compile=true", "steps=1")
     assert compiled == ["Encoder", "body of the decoder", *(["PatchGAN"] if is_compiled else [])]
 
 

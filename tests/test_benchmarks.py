@@ -197,6 +197,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, says):
         benchmark(*arguments)
 
 
+def test_a_peer_that_does_none_of_the_work_is_refused():
+    with pytest.raises(ValueError, match="vector-quantize-pytorch does none of the work of section tokenizers"):
+        benchmark("tokenizers", against="vector-quantize-pytorch")
+
+
 def test_a_peer_that_is_not_installed_is_refused_with_the_command(monkeypatch):
     monkeypatch.setitem(PEERS, PEER, "no_such_package")
     assert importlib.util.find_spec("no_such_package") is None

@@ -122,3 +122,13 @@ def test_r1_of_every_discriminator_has_a_gradient(name, spectral_norm):
     r1_penalty(discriminator, torch.randn(4, 3, 32, 32)).backward()
     weights = [parameter for parameter in discriminator.parameters() if parameter.ndim > 1]
     assert all(weight.grad.isfinite().all() and weight.grad.abs().max() > 0 for weight in weights)
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"spectral_norm": True}], ids=["batch norm", "spectral norm"])
+def test_r1_moves_no_running_statistic(options):
+    discriminator = build_discriminator({"name": "patchgan", "channels": 4, "num_layers": 2, **options}, 3, (16, 16))
+    before = state_of(discriminator)
+    r1_penalty(discriminator, torch.randn(4, 3, 16, 16)).backward()
+    assert_same_state(discriminator, before)
+    discriminator(torch.randn(4, 3, 16, 16))
+    assert any(not torch.equal(value, before[name]) for name, value in discriminator.state_dict().items())

@@ -48,6 +48,38 @@ def test_the_discriminators_term_by_hand_from_one_forward_of_images_and_reconstr
     assert not any(value.requires_grad for value in metrics.values())
 
 
+def test_half_precision_changes_the_adaptive_weight_by_little():
+    objective, tokenizer = make(**ADVERSARIAL)
+    images = images_for(tokenizer)
+    weights = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = tokenizer(images)
+            assert output.outputs.dtype == (torch.bfloat16 if enabled else torch.float32)
+            weights.append(objective.tokenizer_losses(images, output, 0)[1]["adaptive_weight"])
+    torch.testing.assert_close(weights[1], weights[0], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"adversarial_start": 1.7},
+            "adversarial_start=1.7 should be a number of steps, or a share below 1",
+        ),
+        ({"adversarial_start": 100}, "adversarial_start=100.0 leaves none of 100 steps"),
+        (
+            {"adversarial_weight": 0.0, "discriminator": {"name": "patchgun"}},
+            "unknown objective.discriminator",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_training_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**ADVERSARIAL | options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_following_its_gradient_the_discriminator_tells_images_from_reconstructions(kind):
     objective, tokenizer = make(adversarial=kind, **PLAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models import vgg as torchvision_vgg
 
+from configs.objective import ObjectiveConfig
+from tokenizer import build_tokenizer
+from tokenizer.objective import TokenizerObjective
 from tokenizer.perceptual import LPIPS
 
 URL = VGG16_Weights.IMAGENET1K_V1.url
@@ -249,6 +253,20 @@ def test_weights_that_torchvision_has_downloaded_are_taken_from_there(perceptual
 def test_a_broken_download_is_an_error_with_what_to_download_and_where_to_put_it(contents, downloaded):
     downloaded.write_bytes(contents)
     assert message_of(None).endswith(ADVICE)
+
+
+def test_images_that_are_too_small_are_refused_before_any_weights_are_read(tmp_path):
+    tokenizer = build_tokenizer({"name": "vqvae", "channels": 4}, {"name": "ema"}, image_size=[8, 16])
+    config = ObjectiveConfig(perceptual_weight=1.0, perceptual_file=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="images of 8x16 pixels are too small for LPIPS: sides should be at least 16"):
+        TokenizerObjective(config, tokenizer, 10)
+
+
+def test_a_package_lpips_that_is_not_whole_is_an_error_that_says_so(files, tmp_path, monkeypatch):
+    spec = importlib.machinery.ModuleSpec("lpips", None, origin=str(tmp_path / "lpips" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ValueError, match=r"the package lpips is not whole: .*vgg.pth cannot be read"):
+        LPIPS(str(next(iter(files.values()))))
 
 
 def test_without_the_package_lpips_it_is_an_error_that_says_how_to_install_it(files, monkeypatch):

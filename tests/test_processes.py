@@ -46,8 +46,12 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def require_same_training(one: Path, two: Path) -> None:
-    """Weights, and every number that was logged or reported, within 1e-4."""
-    mine, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    """Weights, and every number that was logged or reported, within 1e-4.
+
+    A bias before a group norm of one channel a group has no gradient but rounding, which Adam makes a whole step.
+    """
+    runs = (load_file(run / "model.safetensors") for run in (two, one))
+    mine, theirs = ({k: v for k, v in run.items() if not k.endswith("conv1.bias")} for run in runs)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert [line.keys() for line in lines(two)] == [line.keys() for line in lines(one)]
     for ours, other in zip(lines(two), lines(one), strict=True):

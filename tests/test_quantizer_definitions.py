@@ -512,8 +512,8 @@ def test_gumbel_codes_are_drawn_with_the_probabilities_of_the_logits_at_any_temp
     assert_near(frequencies, logits.softmax(0), rtol=0, atol=0.015)
 
 
-def test_the_kl_term_is_the_logarithm_of_the_vocabulary_less_the_entropy():
-    quantizer = quantizer_of("gumbel", kl_weight=0.3)
+def test_gumbels_terms_are_the_divergences_from_uniform_of_each_position_and_of_their_mean():
+    quantizer = quantizer_of("gumbel", kl_weight=0.3, entropy_weight=0.7)
     latents = torch.randn(2, 4, 9)
     logits = rows(latents) @ quantizer.to_logits.weight.double().t() + quantizer.to_logits.bias.double()
     p = logits.softmax(1)
@@ -521,6 +521,8 @@ def test_the_kl_term_is_the_logarithm_of_the_vocabulary_less_the_entropy():
     output = quantizer(latents)
     assert_near(output.losses["kl"], 0.3 * expected)
     assert_near(output.metrics["kl_to_uniform"], expected)
+    mean = p.mean(0)
+    assert_near(output.losses["entropy"], 0.7 * (math.log(16) + (mean * mean.log()).sum()))
 
 
 def test_the_temperature_falls_along_a_cosine_from_the_first_to_the_final_one():

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from configs.loading import load_config, read_yaml
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
 from pipelines import train_prior, train_tokenizer
+from pipelines.optimization import make_optimizer
 from prior import Prior
 from tokenizer import ImageTokenizer
+from tokenizer.discriminator import PatchGAN
 
 Train = Callable[..., Path]
 
@@ -141,6 +143,14 @@ def test_weight_decay_shrinks_matrices_of_linear_and_convolution_layers_only(tra
     for name, before in weights(start).items():
         shrunk = -0.01 * 0.5 * before if name in matrices else torch.zeros_like(before)
         torch.testing.assert_close(decayed[name].float() - without[name].float(), shrunk.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_reaches_what_stands_behind_a_spectral_norm() -> None:
+    plain, normed = (PatchGAN(3, (16, 16), channels=4, num_layers=1, spectral_norm=wanted) for wanted in (False, True))
+    config = load_config(TokenizerTrainingConfig, None, ["weight_decay=0.1"])
+    for model in (plain, normed):
+        groups = make_optimizer(config, model).param_groups
+        assert {(g["weight_decay"], len(g["params"])) for g in groups} == {(0.1, 3), (0.0, 3)}
 
 
 def test_the_saved_model_is_the_moving_average_of_the_weights(training: Train) -> None:

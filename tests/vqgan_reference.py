@@ -9,22 +9,13 @@ import torch
 from diffusers import VQModel
 from torch import nn
 
+from pipelines.benchmarks.tokenizer_contestants import diffusers_network
 from tokenizer.vqgan import Attention, Decoder, Encoder, ResidualBlock, VQGANConfig
 
 
 def reference_of(config: VQGANConfig) -> VQModel:
-    """diffusers' network of the same shape; its up blocks are listed coarse to fine."""
-    levels = range(len(config.widths))
-    attends = [level in {levels[i] for i in config.attention_levels} for level in levels]
-    return VQModel(
-        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)),
-        block_out_channels=tuple(config.widths),
-        layers_per_block=config.num_residual_blocks,
-        latent_channels=config.z_channels,
-        vq_embed_dim=config.latent_dim,
-        mid_block_add_attention=config.middle_attention,
-    ).eval()
+    """diffusers' network of the same shape, to evaluate."""
+    return diffusers_network(config, vocab_size=256).eval()
 
 
 def layers_of(block: nn.Module) -> Iterator[nn.Module]:
@@ -74,6 +65,5 @@ def copy_layer(target: nn.Module, source: nn.Module) -> None:
 def copy_weights(encoder: Encoder, decoder: Decoder, reference: VQModel) -> None:
     """Every layer of diffusers' onto the one in the same place of ours; both have as many, of the same shapes."""
     for part, sources in ((encoder, encoder_layers(reference)), (decoder, decoder_layers(reference))):
-        targets = [layer for layer in part if not isinstance(layer, nn.SiLU)]
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(part, sources, strict=True):
             copy_layer(target, source)

@@ -81,7 +81,7 @@ class TokenizerOutput:
 class ImageTokenizer(StrictLoading, PreTrainedModel):
     """Images `(B, C, H, W)` in [-1, 1] to codes `(B, *code_layout.shape)` and back.
 
-    A subclass has three submodules, `encoder`, `quantizer` and `decoder`, and calls `check_codes_fit` when they stand.
+    A subclass has three submodules, `encoder`, `quantizer` and `decoder`, which it hands to `assemble`.
     """
 
     config_class = ImageTokenizerConfig

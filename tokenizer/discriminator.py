@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrum
 from torch.nn.utils.parametrize import ParametrizationList
 
 from configs.loading import check_options
@@ -55,15 +55,13 @@ class PatchGAN(nn.Sequential):
         layers: list[nn.Module] = []
         for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
             convolution = nn.Conv2d(in_channels, width, 4, stride, 1, bias=i == 0 or norm != "batch")
-            layers.append(_spectral(convolution, spectral_norm))
+            layers.append(convolution)
             if i and norm != "none":
                 layers.append(normalization(norm, width))
             layers.append(nn.LeakyReLU(0.2))
             in_channels = width
-        super().__init__(*layers, _spectral(nn.Conv2d(in_channels, 1, 4, 1, 1), spectral_norm))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and not spectral_norm:
-                nn.init.normal_(module.weight, 0, 0.02)
+        super().__init__(*layers, nn.Conv2d(in_channels, 1, 4, 1, 1))
+        _start_weights(self, spectral_norm, lambda weight: nn.init.normal_(weight, 0, 0.02))
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -95,19 +93,15 @@ class StyleGANDiscriminator(nn.Module):
                 f"images of {height}x{width} pixels are too small for stylegan: sides should be at least 8"
             )
         num_blocks = max(1, int(math.log2(min(height, width))) - 2)
-        layers: list[nn.Module] = [_spectral(nn.Conv2d(in_channels, channels, 3, padding=1), spectral_norm)]
-        layers.append(nn.LeakyReLU(0.2))
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
             wider = min(2 * channels, max_channels)
-            layers.append(_HalvingBlock(channels, wider, spectral_norm))
+            layers.append(_HalvingBlock(channels, wider))
             channels, height, width = wider, (height + 1) // 2, (width + 1) // 2
-        layers += [_spectral(nn.Conv2d(channels, channels, 3, padding=1), spectral_norm), nn.LeakyReLU(0.2)]
-        layers += [nn.Flatten(), _spectral(nn.Linear(channels * height * width, channels), spectral_norm)]
-        layers += [nn.LeakyReLU(0.2), _spectral(nn.Linear(channels, 1), spectral_norm)]
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten()]
+        layers += [nn.Linear(channels * height * width, channels), nn.LeakyReLU(0.2), nn.Linear(channels, 1)]
         self.layers = nn.Sequential(*layers)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and not spectral_norm:
-                nn.init.kaiming_normal_(module.weight, a=0.2)
+        _start_weights(self, spectral_norm, lambda weight: nn.init.kaiming_normal_(weight, a=0.2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
@@ -118,11 +112,11 @@ class _HalvingBlock(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, in_channels: int, channels: int, spectral: bool) -> None:
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = _spectral(nn.Conv2d(in_channels, in_channels, 3, padding=1), spectral)
-        self.conv2 = _spectral(nn.Conv2d(in_channels, channels, 3, padding=1), spectral)
-        self.shortcut = _spectral(nn.Conv2d(in_channels, channels, 1, bias=False), spectral)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
         taps = torch.tensor([1.0, 2.0, 1.0]) / 4
         self.register_buffer("kernel", (taps[:, None] * taps).view(1, 1, 3, 3))
 
@@ -135,8 +129,13 @@ class _HalvingBlock(nn.Module):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
-def _spectral(layer: nn.Module, wanted: bool) -> nn.Module:
-    return spectral_norm(layer) if wanted else layer
+def _start_weights(network: nn.Module, spectral_norm: bool, draw: Callable[[Tensor], object]) -> None:
+    """Draw the weights of all layers; under a spectral norm they keep torch's, whose scale it divides out."""
+    for layer in [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]:
+        if spectral_norm:
+            normalize_spectrum(layer)
+        else:
+            draw(layer.weight)
 
 
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"patchgan": PatchGAN, "stylegan": StyleGANDiscriminator}
@@ -154,26 +153,35 @@ def build_discriminator(options: Mapping[str, Any], in_channels: int, image_size
 
 
 @contextmanager
-def left_alone(discriminator: nn.Module) -> Iterator[None]:
-    """A forward pass inside gives gradients to the images only, and moves no running statistic."""
-    trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+def statistics_kept(discriminator: nn.Module) -> Iterator[None]:
+    """A forward pass inside moves no running statistic: batch norms take the batch's, spectral norms do not iterate."""
     norms = [m for m in discriminator.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     spectral = [m for m in discriminator.modules() if isinstance(m, ParametrizationList) and m.training]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
         for norm in norms:
-            norm.track_running_stats = False  # the batch's own statistics, which are not remembered
+            norm.track_running_stats = False
         for parametrization in spectral:
-            parametrization.eval()  # no power iteration
+            parametrization.eval()
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for norm in norms:
             norm.track_running_stats = True
         for parametrization in spectral:
             parametrization.train()
+
+
+@contextmanager
+def left_alone(discriminator: nn.Module) -> Iterator[None]:
+    """A forward pass inside gives gradients to the images only, and moves no running statistic."""
+    trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with statistics_kept(discriminator):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
@@ -227,5 +235,7 @@ class LeCAM(nn.Module):
 def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
     """|d logits / d image|^2 / 2, a mean over real images (Mescheder et al. 2018, arXiv:1801.04406, equation 9)."""
     images = images.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    with statistics_kept(discriminator):
+        logits = discriminator(images)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1).mean() / 2

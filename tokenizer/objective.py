@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.loading import check_options
 from configs.objective import ObjectiveConfig
 from tokenizer.base import ImageTokenizer, TokenizerOutput
 from tokenizer.collectives import mean_over_processes
 from tokenizer.discriminator import (
+    DISCRIMINATORS,
     LeCAM,
     build_discriminator,
     discriminator_loss,
@@ -27,12 +29,17 @@ class Adversary(nn.Module):
     Args:
         config: the objective, with an adversarial_weight.
         image_shape: (channels, height, width) of the images.
+        first_step: the optimizer step, counted from 0, at which the discriminator begins.
     """
 
-    def __init__(self, config: ObjectiveConfig, image_shape: tuple[int, int, int]) -> None:
+    first_step: Tensor
+
+    def __init__(self, config: ObjectiveConfig, image_shape: tuple[int, int, int], first_step: int) -> None:
         super().__init__()
         self.discriminator = build_discriminator(config.discriminator, image_shape[0], image_shape[1:])
         self.lecam = LeCAM(config.lecam_decay) if config.lecam_weight else None
+        # In the checkpoint: a share of the steps stays what it was when the training is continued to more of them.
+        self.register_buffer("first_step", torch.tensor(first_step))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, ...)` of images `(B, C, H, W)` in [-1, 1]: how real each looks."""
@@ -51,7 +58,8 @@ class TokenizerObjective:
         total_steps: optimizer steps of the training, of which `adversarial_start` may be a share.
 
     Raises:
-        ValueError: where weights of the perceptual term cannot be had, or the discriminator does not fit the images.
+        ValueError: where weights of the perceptual term cannot be had, or the discriminator or LPIPS do not fit the
+            images, or the discriminator would begin after the last step.
 
     Attributes:
         perceptual: LPIPS, where it has a weight.
@@ -61,10 +69,27 @@ class TokenizerObjective:
     def __init__(self, config: ObjectiveConfig, tokenizer: ImageTokenizer, total_steps: int) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        shape = tokenizer.image_shape
+        if config.perceptual_weight and min(shape[1:]) < 16:
+            raise ValueError(
+                f"images of {shape[1]}x{shape[2]} pixels are too small for LPIPS: sides should be at least 16; "
+                "objective.perceptual_weight=0 goes on without"
+            )
         self.perceptual = LPIPS(config.perceptual_file) if config.perceptual_weight else None
-        self.adversary = Adversary(config, tokenizer.image_shape) if config.adversarial_weight else None
+        check_options("objective.discriminator", config.discriminator, DISCRIMINATORS)
         start = config.adversarial_start
         self.adversarial_start = round(start * total_steps) if start < 1 else int(start)
+        if config.adversarial_weight and self.adversarial_start >= total_steps:
+            raise ValueError(
+                f"objective.adversarial_start={start} leaves none of {total_steps} steps to the discriminator; give a "
+                "smaller one, or a share below 1"
+            )
+        self.adversary = Adversary(config, shape, self.adversarial_start) if config.adversarial_weight else None
+
+    def resume(self) -> None:
+        """Take over from the adversary, once a checkpoint of it is loaded, when it began."""
+        if self.adversary is not None:
+            self.adversarial_start = int(self.adversary.first_step)
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in an optimizer step, counted from 0."""
@@ -85,7 +110,7 @@ class TokenizerObjective:
             return self._terms(images, output.outputs, output.reconstruction), {}
         # Terms see a copy of the decoder's outputs. Their gradients at it, each computed once, give both the adaptive
         # weight and, continued from the outputs, the gradient of the whole.
-        outputs = output.outputs.detach().requires_grad_()
+        outputs = output.outputs.detach().float().requires_grad_()
         # Images of its own for each, so that the gradient of one does not use up the graph of the other.
         kind = self.tokenizer.config.decoder_output
         terms = self._terms(images, outputs, images_of(outputs, kind, differentiable=True))
@@ -96,7 +121,7 @@ class TokenizerObjective:
         gradients = {name: _gradient(term, outputs) for name, term in terms.items()}
         gradient = _gradient(adversarial, outputs)
         metrics: dict[str, Tensor] = {}
-        weight = torch.tensor(config.adversarial_weight, device=images.device)
+        weight: float | Tensor = config.adversarial_weight
         if config.adaptive_weight:
             others = torch.stack(list(gradients.values())).sum(0)
             metrics["adaptive_weight"] = self._adaptive_weight(output.outputs, others, gradient)
@@ -124,11 +149,12 @@ class TokenizerObjective:
 
         Both are given at the decoder's outputs.
         """
-        layer = self.tokenizer.last_layer
-        lengths = [
-            mean_over_processes(torch.autograd.grad(outputs, layer, gradient, retain_graph=True)[0].float()).norm()
-            for gradient in (others, adversarial)
-        ]
+        layer, size = self.tokenizer.last_layer, outputs.numel()
+        lengths = []
+        for gradient in (others, adversarial):
+            scaled = (gradient * size).to(outputs.dtype)  # half precision could not hold the small numbers of a mean
+            (found,) = torch.autograd.grad(outputs, layer, scaled, retain_graph=True)
+            lengths.append(mean_over_processes(found.float() / size).norm())
         return (lengths[0] / (lengths[1] + 1e-4)).clamp(max=self.config.adaptive_weight_max)
 
     def discriminator_losses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -37,10 +38,11 @@ class LPIPS(nn.Module):
         with torch.device("meta"):
             features = vgg16().features
         shapes = {name: tensor.shape for name, tensor in features.state_dict().items()}
+        linear_weights = _linear_weights()  # before VGG16's, which may be half a gigabyte to download
         features.load_state_dict(_vgg_weights(file, shapes), assign=True)
         layers = [layer if not isinstance(layer, nn.ReLU) else nn.ReLU() for layer in features]  # not in place
         self.stages = nn.ModuleList(nn.Sequential(*layers[start:end]) for start, end in pairwise(_STAGES))
-        for i, weight in enumerate(_linear_weights()):
+        for i, weight in enumerate(linear_weights):
             self.register_buffer(f"weight{i}", weight)  # (1, C, 1, 1)
         # Of images in [-1, 1]: what ImageNet's normalization is to images in [0, 1], as published.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -72,9 +74,14 @@ def _linear_weights() -> list[Tensor]:
             "objective.perceptual_weight > 0 needs the package lpips for the weights of LPIPS: "
             "pip install 'tessera-images[perceptual]'; objective.perceptual_weight=0 goes on without"
         )
-    saved = torch.load(
-        Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth", map_location="cpu", weights_only=True
-    )
+    path = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"the package lpips is not whole: {path} cannot be read ({error}); pip install --force-reinstall lpips. "
+            "objective.perceptual_weight=0 goes on without"
+        ) from error
     return [saved[f"lin{i}.model.1.weight"].float() for i in range(len(_STAGES) - 1)]
 
 
@@ -88,7 +95,7 @@ def _vgg_weights(file: str | None, shapes: dict[str, torch.Size]) -> dict[str, T
         raise ValueError(f"there is no file objective.perceptual_file={file}; {advice}")
     try:
         if path is None:
-            saved = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+            saved = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         elif path.suffix == ".safetensors":
             saved = load_file(path)
         else:

@@ -36,13 +36,15 @@ def negative_log_likelihood(outputs: Tensor, images: Tensor, kind: str) -> Tenso
     """Mean over pixels and channels, in nats, of images `(B, C, H, W)` in [-1, 1] under outputs `(B, C * n, H, W)`.
 
     logit_laplace is the density of the moved pixel x in (0, 1), 1 / (2 b x (1 - x)) exp(-|logit(x) - mu| / b), from
-    outputs mu and log b (Ramesh et al. 2021, equation 2). categorical is the probability of one of 256 values.
+    outputs mu and log b, at least -7 (Ramesh et al. 2021, equation 2). categorical is the probability of one of 256
+    values.
     """
     parts = _by_channel(outputs, kind).float()
     if kind == "categorical":
         return F.cross_entropy(parts.transpose(1, 2), ((images.float() + 1) * 127.5).round().long().clamp(0, 255))
     moved = (images.float().clamp(-1, 1) + 1) / 2 * (1 - 2 * EPSILON) + EPSILON
     location, log_scale = parts.unbind(2)
+    log_scale = log_scale.clamp(min=-7)  # the density has no upper bound where an area is all black or white
     distance = (moved.logit() - location).abs() * (-log_scale).exp()
     return (math.log(2) + log_scale + (moved * (1 - moved)).log() + distance).mean()
 

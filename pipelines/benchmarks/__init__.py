@@ -39,6 +39,8 @@ def benchmark(section: str, case: str | None = None, against: str | None = None)
             raise ValueError(did_you_mean(against, PEERS, "peer"))
         if importlib.util.find_spec(PEERS[against]) is None:
             raise ValueError(f"{against} is not installed; run: {sys.executable} -m pip install {against}")
+        if all(against not in each.contestants for each in cases.values()):
+            raise ValueError(f"{against} does none of the work of section {section}; choose another peer")
         contestants, versions = [*contestants, against], {against: importlib.metadata.version(against)}
     for each in [cases[case]] if case else cases.values():
         there = [who for who in contestants if who in each.contestants]

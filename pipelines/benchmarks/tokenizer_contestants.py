@@ -149,28 +149,28 @@ def published(config: TokenizerTrainingConfig) -> Run:
     return run
 
 
-def diffusers_model(config: TokenizerTrainingConfig) -> Run:
-    """diffusers' VQModel of the same size: float32, and Adam on its squared error and commitment."""
+def diffusers_network(options: VQGANConfig, vocab_size: int) -> Any:
+    """diffusers' VQModel of the same shape; its up blocks are listed coarse to fine."""
     from diffusers import VQModel
 
-    network = make_tokenizer(config)
-    options = network.config
-    assert isinstance(options, VQGANConfig)
-    levels = range(len(options.widths))
-    down = tuple("AttnDownEncoderBlock2D" if i in options.attention_levels else "DownEncoderBlock2D" for i in levels)
-    up = tuple(
-        "AttnUpDecoderBlock2D" if i in options.attention_levels else "UpDecoderBlock2D" for i in reversed(levels)
-    )
-    model: Any = VQModel(
-        down_block_types=down,
-        up_block_types=up,
+    attends = [level in options.attention_levels for level in range(len(options.widths))]
+    return VQModel(
+        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)),
         block_out_channels=tuple(options.widths),
         layers_per_block=options.num_residual_blocks,
         latent_channels=options.z_channels,
         vq_embed_dim=options.latent_dim,
-        num_vq_embeddings=network.quantizer.vocab_size,
+        num_vq_embeddings=vocab_size,
         mid_block_add_attention=options.middle_attention,
     )
+
+
+def diffusers_model(config: TokenizerTrainingConfig) -> Run:
+    """diffusers' VQModel of the same size: float32, and Adam on its squared error and commitment."""
+    network = make_tokenizer(config)
+    assert isinstance(network.config, VQGANConfig)
+    model = diffusers_network(network.config, network.quantizer.vocab_size)
     model = model.to(default_device()).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     images = (torch.rand(config.batch_size, *network.image_shape) * 2 - 1).to(default_device())

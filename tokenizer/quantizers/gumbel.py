@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from configs.random_streams import mix
 from configs.validation import Count, Range, checked
+from tokenizer.collectives import mean_over_processes
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput
+from tokenizer.quantizers.entropy import entropy
 
 Temperature = Annotated[float, Range(1e-3, 1e3)]
 
@@ -29,7 +31,9 @@ class GumbelQuantizer(Quantizer):
             (relaxed), as DALL-E does.
         temperature: of the softmax at the start of training.
         final_temperature: at its end, approached along a cosine.
-        kl_weight: weight of the divergence of the codes' distribution from the uniform one, a mean over positions.
+        kl_weight: weight of the divergence of each position's distribution of codes from the uniform one, their mean.
+        entropy_weight: weight of the divergence of the mean distribution of all positions from the uniform one, which
+            keeps codes in use without asking a position to be undecided.
     """
 
     stochastic = True
@@ -45,12 +49,14 @@ class GumbelQuantizer(Quantizer):
         temperature: Temperature = 1.0,
         final_temperature: Temperature = 0.0625,
         kl_weight: Annotated[float, Range(0, 100)] = 5e-4,
+        entropy_weight: Annotated[float, Range(0, 100)] = 0.01,
     ) -> None:
         super().__init__(dim, vocab_size, code_dim)
         self.straight_through = straight_through
         self.temperature = self.first_temperature = temperature
         self.final_temperature = final_temperature
         self.kl_weight = kl_weight
+        self.entropy_weight = entropy_weight
         self.to_logits = nn.Linear(self.code_dim, vocab_size, dtype=torch.float32)
         self.codebook = nn.Parameter(nn.init.normal_(torch.empty(vocab_size, self.code_dim, dtype=torch.float32)))
 
@@ -59,7 +65,12 @@ class GumbelQuantizer(Quantizer):
         B, _, *grid = latents.shape
         logits = self.to_logits(latents.movedim(1, -1).flatten(1, -2))  # (B, positions, K)
         log_p = F.log_softmax(logits, dim=-1)
-        kl = (log_p.exp() * (log_p + math.log(self.vocab_size))).sum(-1).mean()
+        p = log_p.exp()
+        kl = (p * (log_p + math.log(self.vocab_size))).sum(-1).mean()
+        losses = {"kl": self.kl_weight * kl}
+        if self.training and self.entropy_weight:
+            mean_entropy = entropy(mean_over_processes(p.mean((0, 1))))
+            losses["entropy"] = self.entropy_weight * (math.log(self.vocab_size) - mean_entropy)
         noisy = logits
         if self.training:
             assert seeds is not None
@@ -75,7 +86,7 @@ class GumbelQuantizer(Quantizer):
         return QuantizerOutput(
             quantized.view(B, *grid, -1).movedim(-1, 1),
             codes.view(B, *grid),
-            {"kl": self.kl_weight * kl},
+            losses,
             {"kl_to_uniform": kl.detach(), "gumbel_temperature": kl.new_tensor(self.temperature)},
         )
 
@@ -88,7 +99,7 @@ class GumbelQuantizer(Quantizer):
         self.temperature = self.final_temperature + (self.first_temperature - self.final_temperature) * share
 
     def collapse_advice(self) -> str:
-        return f"a larger quantizer.kl_weight= (it is {self.kl_weight}) or quantizer.final_temperature="
+        return f"a larger quantizer.entropy_weight= (it is {self.entropy_weight}) or quantizer.final_temperature="
 
 
 def _gumbel_noise(seeds: Tensor, like: Tensor) -> Tensor:
