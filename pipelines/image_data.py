@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
@@ -59,6 +60,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [VF.to_pil_image(image) for image in to_uint8(images.detach()).cpu()]
 
 
+def _has_transparency(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+
+
 def _flatten_mode(picture: Image.Image, preprocessing: ImagePreprocessing) -> Image.Image:
     """The picture upright, 8 bits a channel, without transparency, in L or RGB."""
     picture = ImageOps.exif_transpose(picture)
@@ -70,7 +75,7 @@ def _flatten_mode(picture: Image.Image, preprocessing: ImagePreprocessing) -> Im
         picture = Image.fromarray(np.round(values / 257).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pixels, whose range nobody knows; expected 8 or 16 bits a channel")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if _has_transparency(picture):
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, ImageColor.getrgb(preprocessing.background))
         picture = Image.alpha_composite(ground, picture)
@@ -91,14 +96,39 @@ def to_pixels(
     """
     picture = _flatten_mode(picture, preprocessing)
     pixels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+    covering, crop = _geometry(picture, preprocessing, crop_at)
+    if covering != (picture.height, picture.width):
+        mode = VF.InterpolationMode(preprocessing.interpolation)
+        pixels = VF.resize(pixels, list(covering), interpolation=mode, antialias=preprocessing.interpolation != "nearest")
+    return pixels[:, *crop].contiguous()
+
+
+def to_mask(picture: Image.Image, preprocessing: ImagePreprocessing) -> Tensor:
+    """What a mask marks, `(H, W)` bool, where `to_pixels` puts it with its crop at the centre.
+
+    A pixel is marked where any pixel of the mask that it covers is neither black nor wholly transparent.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if _has_transparency(picture):
+        colours = np.asarray(picture.convert("RGBA"))
+        marked = colours[..., :3].any(-1) & (colours[..., 3] > 0)
+    elif len(picture.getbands()) == 1 and picture.mode != "P":
+        marked = np.asarray(picture) != 0
+    else:
+        marked = np.asarray(picture.convert("RGB")).any(-1)
+    covering, crop = _geometry(picture, preprocessing, (0.5, 0.5))
+    return F.adaptive_max_pool2d(torch.from_numpy(marked)[None].float(), covering)[0, *crop].bool()
+
+
+def _geometry(
+    picture: Image.Image, preprocessing: ImagePreprocessing, crop_at: tuple[float, float]
+) -> tuple[tuple[int, int], tuple[slice, slice]]:
+    """Height and width of the resized picture that covers the image size, and the rows and columns that are kept."""
     height, width = preprocessing.size
     scale = max(height / picture.height, width / picture.width)
-    covering = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
-    if covering != [picture.height, picture.width]:
-        mode = VF.InterpolationMode(preprocessing.interpolation)
-        pixels = VF.resize(pixels, covering, interpolation=mode, antialias=preprocessing.interpolation != "nearest")
+    covering = max(height, round(picture.height * scale)), max(width, round(picture.width * scale))
     top, left = (round(at * (have - want)) for at, have, want in zip(crop_at, covering, (height, width), strict=True))
-    return pixels[:, top : top + height, left : left + width].contiguous()
+    return covering, (slice(top, top + height), slice(left, left + width))
 
 
 class ImageDataset(torch.utils.data.Dataset):

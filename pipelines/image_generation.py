@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import HfApi
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from configs.pretrained import local_folder
 from configs.random_streams import mix
 from configs.validation import did_you_mean
 from pipelines.editing import codes_of_pixels, random_positions
-from pipelines.image_data import to_pil, to_pixels, to_unit_range
+from pipelines.image_data import to_mask, to_pil, to_pixels, to_unit_range
 from pipelines.larger_grids import check_grid, sample_larger
 from pipelines.model_card import model_card
 from pipelines.run_folder import whole_folder
@@ -248,7 +247,7 @@ class ImageGenerationPipeline:
 
         Args:
             images: pictures of any size.
-            masks: one for each image and of its size; what is not black is drawn anew.
+            masks: one for each image and of its size; what is neither black nor transparent is drawn anew.
             labels: classes of the new parts, as in a call.
             margin: codes around those of the mask that are drawn anew too.
             blend: put the pixels outside of the mask back; otherwise they are the tokenizer's reconstruction.
@@ -260,16 +259,14 @@ class ImageGenerationPipeline:
         Raises:
             ValueError: where masks do not fit the images, or the codes stand for no patches.
         """
-        pictures, covers = _as_list(images), _as_list(masks)
+        pictures, covers = ([ImageOps.exif_transpose(p) for p in _as_list(given)] for given in (images, masks))
         if [p.size for p in pictures] != [c.size for c in covers]:
             raise ValueError(
                 f"every image needs a mask of its size: got {[p.size for p in pictures]} and {[c.size for c in covers]}"
             )
         numbers = self._label_numbers(labels, len(pictures))
         originals = self.preprocess(pictures)
-        as_grey = dataclasses.replace(self.tokenizer.config.preprocessing, in_channels=1)
-        black_or_white = [cover.convert("L").point(lambda value: 255 if value else 0) for cover in covers]
-        pixels = torch.stack([to_pixels(cover, as_grey)[0] > 0 for cover in black_or_white])
+        pixels = torch.stack([to_mask(cover, self.tokenizer.config.preprocessing) for cover in covers])
         unknown = codes_of_pixels(pixels, self.prior.code_layout, margin)
 
         def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from configs.validation import Count, NonNegative, Range
 from prior.base import PriorOutput, SamplingRequest
 from prior.sampling import draw, filter_logits, guide
 from prior.transformer_prior import TransformerPrior, TransformerPriorConfig
-from prior.unmasking import Schedule, halton_order, masked_counts, masked_share
+from prior.unmasking import Schedule, expected_masked_count, halton_order, masked_counts, masked_share
 
 
 class MaskGITConfig(TransformerPriorConfig):
@@ -65,8 +65,7 @@ class MaskGIT(TransformerPrior):
 
     def __init__(self, config: MaskGITConfig) -> None:
         super().__init__(config, special_codes=1)
-        schedule = masked_share(config.mask_schedule, torch.linspace(0, 1, 1001, dtype=torch.float64))
-        self.mean_masked_share = float(torch.trapezoid(schedule, dx=1e-3))
+        self.expected_count = expected_masked_count(config.mask_schedule, config.code_layout.num_codes)
         self._order: dict[torch.device, Tensor] = {}
         self.post_init()
 
@@ -79,7 +78,8 @@ class MaskGIT(TransformerPrior):
             labels: `(B,)` int64 in [0, num_classes]; None is "no class".
         """
         flat = self.check_codes(codes)
-        return self._logits(flat, masked.flatten(1), self.check_labels(labels, len(flat)))
+        logits = self._logits(flat, masked.flatten(1), self.check_labels(labels, len(flat)))
+        return self.hide_foreign_codes(logits, slice(None))
 
     def _logits(self, flat: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         offsets, rotary = self.tables()
@@ -120,7 +120,7 @@ class MaskGIT(TransformerPrior):
             possible = log_p.isfinite()
             spread = -log_p.where(possible, 0).sum(-1) / possible.sum(-1)
             losses = (1 - smoothing) * losses + smoothing * spread
-        loss = (losses * masked).sum() / (B * max(L * self.mean_masked_share, 1))
+        loss = (losses * masked).sum() / (B * self.expected_count)
         return PriorOutput(loss, {"masked_bits_per_code": nats.detach() / math.log(2)})
 
     def negative_log_prob_bound(

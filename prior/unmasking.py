@@ -31,6 +31,22 @@ def masked_share(schedule: Schedule, progress: Tensor) -> Tensor:
     return torch.arccos(progress) * (2 / math.pi)
 
 
+def expected_masked_count(schedule: Schedule, length: int) -> float:
+    """The mean of ceil(length * masked_share(u)), at least 1, over uniform numbers u in [0, 1).
+
+    More than i codes are masked where u is below the progress at which the share falls to i / length.
+    """
+    share = torch.arange(1, length, dtype=torch.float64) / length
+    progress = {
+        "cosine": torch.arccos(share) * (2 / math.pi),
+        "linear": 1 - share,
+        "square": (1 - share).sqrt(),
+        "arccos": torch.cos(share * (math.pi / 2)),
+        "root": (1 - share) ** 2,
+    }[schedule]
+    return 1 + float(progress.sum())
+
+
 def masked_counts(schedule: Schedule, num_steps: int, num_unknown: Tensor) -> Tensor:
     """How many codes of each image are still masked after each step, `(num_steps, B)` int64.
 
@@ -72,19 +88,19 @@ def _visited_cells(shape: Sequence[int]) -> list[int]:
     seen: dict[int, None] = {}
     for index in itertools.count():
         cell = 0
-        for size, prime in zip(shape, _PRIMES, strict=False):
-            cell = cell * size + int(_radical_inverse(index, prime) * size)
+        for size, prime in zip(shape, _PRIMES[: len(shape)], strict=True):
+            mirrored, power = _radical_inverse(index, prime)
+            cell = cell * size + mirrored * size // power
         seen.setdefault(cell, None)
         if len(seen) == total:
             return list(seen)
     raise AssertionError
 
 
-def _radical_inverse(index: int, base: int) -> float:
-    """The digits of an integer mirrored at the point: 6 = 110 in base 2 becomes 0.011 = 3/8."""
-    value, weight = 0.0, 1.0
+def _radical_inverse(index: int, base: int) -> tuple[int, int]:
+    """The digits of an integer mirrored at the point, as a fraction: 6 = 110 in base 2 becomes 0.011 = 3 / 8."""
+    mirrored, power = 0, 1
     while index:
-        weight /= base
         index, digit = divmod(index, base)
-        value += digit * weight
-    return value
+        mirrored, power = mirrored * base + digit, power * base
+    return mirrored, power
