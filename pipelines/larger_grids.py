@@ -51,8 +51,10 @@ def sample_larger(
     corners = [_starts(size, was) for size, was in zip(grid.shape, window.shape, strict=True)]
     for number, (top, left) in enumerate((top, left) for top in corners[0] for left in corners[1]):
         here = (slice(None), slice(top, top + window.shape[0]), slice(left, left + window.shape[1]))
+        # The first window is what the prior draws by itself.
+        own = mix(seeds, number) if number else seeds
         codes[here] = prior.sample(
-            batch_size, labels, seeds=mix(seeds, number), known=codes[here], known_mask=filled[here], **options
+            batch_size, labels, seeds=own, known=codes[here], known_mask=filled[here], **options
         )
         filled[here] = True
     return codes

@@ -247,6 +247,8 @@ class Prior(StrictLoading, PreTrainedModel):
         if known is None or mask is None:
             raise ValueError("known codes come with a known_mask of the same shape: give both, or neither")
         expected = (batch_size, *self.code_layout.shape)
+        if known.is_floating_point() or known.is_complex() or known.dtype == torch.bool:
+            raise ValueError(f"known codes are integers, got {str(known.dtype).removeprefix('torch.')}")
         if known.shape != expected or mask.shape != expected or mask.dtype != torch.bool:
             raise ValueError(
                 f"known and known_mask (bool) have shape {expected}, got {tuple(known.shape)} and {tuple(mask.shape)} "
