@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,14 +27,20 @@ GRIDS = CodeLayout((CodeGrid((1, 2), 3), CodeGrid((2, 2), 5, 2)))
 LAYOUTS = [IMAGE, LINE, DEEP, GRIDS]
 
 
-def tiny_prior(name: str, layout: CodeLayout, num_classes: int = 0, **options: Any) -> Prior:
-    """A prior in eval mode with the tiny options that it has and the given ones, and uneven probabilities."""
+def fresh_prior(name: str, layout: CodeLayout, num_classes: int = 0, **options: Any) -> Prior:
+    """A prior in eval mode with the tiny options that it has and the given ones."""
     known = options_of(PRIOR_CONFIGS[name])
     model = {"name": name, **{k: v for k, v in TINY.items() if k in known}, **options}
-    prior = build_prior(model, layout, num_classes=num_classes).eval()
+    return build_prior(model, layout, num_classes=num_classes).eval()
+
+
+def tiny_prior(name: str, layout: CodeLayout, num_classes: int = 0, **options: Any) -> Prior:
+    """A `fresh_prior` with weights that give uneven probabilities."""
+    prior = fresh_prior(name, layout, num_classes, **options)
     for parameter in prior.parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.5)
+            # A convolution sums over many more inputs than a matrix of width 16, and would saturate its gate.
+            nn.init.normal_(parameter, std=0.5 if parameter.ndim == 2 else 2 / math.sqrt(parameter[0].numel()))
     return prior
 
 
@@ -84,6 +91,17 @@ def masks(prior: Prior) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     mask_row = prior.code_embedding.num_embeddings - 1
     handle = prior.code_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0] == mask_row))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def labels_seen(prior: Prior) -> Iterator[list[Tensor]]:
+    """The labels of every pass through a prior, `(rows,)` int64, num_classes where there is no class."""
+    seen: list[Tensor] = []
+    handle = prior.class_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         yield seen
     finally:
