@@ -79,7 +79,9 @@ class CodeLayout:
     def split(self, codes: Any) -> list[Any]:
         """The codes of each grid, `(B, *grid.code_shape)`, as views of `codes` `(B, *self.shape)`."""
         if tuple(codes.shape[1:]) != self.shape:
-            raise ValueError(f"codes of [{self}] have shape (B, {', '.join(map(str, self.shape))}), got {codes.shape}")
+            raise ValueError(
+                f"codes of [{self}] have shape (B, {', '.join(map(str, self.shape))}), got {tuple(codes.shape)}"
+            )
         if len(self.grids) == 1:
             return [codes]
         parts, start = [], 0

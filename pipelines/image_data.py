@@ -98,8 +98,8 @@ def to_pixels(
     pixels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
     covering, crop = _geometry(picture, preprocessing, crop_at)
     if covering != (picture.height, picture.width):
-        mode = VF.InterpolationMode(preprocessing.interpolation)
-        pixels = VF.resize(pixels, list(covering), interpolation=mode, antialias=preprocessing.interpolation != "nearest")
+        mode, smooth = VF.InterpolationMode(preprocessing.interpolation), preprocessing.interpolation != "nearest"
+        pixels = VF.resize(pixels, list(covering), interpolation=mode, antialias=smooth)
     return pixels[:, *crop].contiguous()
 
 
@@ -110,14 +110,17 @@ def to_mask(picture: Image.Image, preprocessing: ImagePreprocessing) -> Tensor:
     """
     picture = ImageOps.exif_transpose(picture)
     if _has_transparency(picture):
-        colours = np.asarray(picture.convert("RGBA"))
-        marked = colours[..., :3].any(-1) & (colours[..., 3] > 0)
-    elif len(picture.getbands()) == 1 and picture.mode != "P":
-        marked = np.asarray(picture) != 0
-    else:
-        marked = np.asarray(picture.convert("RGB")).any(-1)
+        picture = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size), _opacity(picture))
+    elif len(picture.getbands()) > 1 or picture.mode == "P":
+        picture = picture.convert("RGB")
+    values = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1)
     covering, crop = _geometry(picture, preprocessing, (0.5, 0.5))
-    return F.adaptive_max_pool2d(torch.from_numpy(marked)[None].float(), covering)[0, *crop].bool()
+    return F.adaptive_max_pool2d((values != 0).any(-1)[None].float(), covering)[0, *crop].bool()
+
+
+def _opacity(picture: Image.Image) -> Image.Image:
+    """White where a picture is not wholly transparent."""
+    return picture.convert("RGBA").getchannel("A").point(lambda value: 255 if value else 0)
 
 
 def _geometry(

@@ -53,9 +53,7 @@ def sample_larger(
         here = (slice(None), slice(top, top + window.shape[0]), slice(left, left + window.shape[1]))
         # The first window is what the prior draws by itself.
         own = mix(seeds, number) if number else seeds
-        codes[here] = prior.sample(
-            batch_size, labels, seeds=own, known=codes[here], known_mask=filled[here], **options
-        )
+        codes[here] = prior.sample(batch_size, labels, seeds=own, known=codes[here], known_mask=filled[here], **options)
         filled[here] = True
     return codes
 

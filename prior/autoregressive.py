@@ -73,7 +73,8 @@ class AutoregressivePrior(Prior):
         condition: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> PriorOutput:
-        logits = self.logits(self.seen(codes, seeds), self.hide_labels(labels, seeds), condition=condition)
+        labels = self.hide_labels(labels, len(codes), seeds)
+        logits = self.logits(self.seen(codes, seeds), labels, condition=condition)
         loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
         return PriorOutput(loss, {"bits_per_code": loss.detach() / math.log(2)})
 

@@ -108,8 +108,8 @@ class Prior(StrictLoading, PreTrainedModel):
             codes: `(B, *code_layout.shape)` int64.
             labels: `(B,)` int64 in [0, num_classes]; None is "no class".
             condition: the codes of coarser grids, `(B, ...)` int64, for a prior of one grid of several.
-            seeds: `(B,)` int64, the key of what is random about each image in training (label dropout, masks); without
-                it, torch's generator is used. Read in training mode only.
+            seeds: `(B,)` int64, the key of what is random about each image: label dropout and masks in training, the
+                masks of a bound in evaluation. Without it, torch's generator is used.
         """
 
     @torch.no_grad()
@@ -171,9 +171,18 @@ class Prior(StrictLoading, PreTrainedModel):
         self.compiled_sampling = compiled
         return self
 
-    def hide_labels(self, labels: Tensor | None, seeds: Tensor | None) -> Tensor | None:
-        """Labels with a share of `label_dropout` replaced by "no class", in training."""
-        if not self.training or labels is None or self.config.label_dropout == 0:
+    def hide_labels(self, labels: Tensor | None, batch_size: int, seeds: Tensor | None) -> Tensor | None:
+        """Labels `(B,)` with a share of `label_dropout` replaced by "no class", in training.
+
+        Raises:
+            ValueError: for a class that the prior does not have, and where there is not one seed an image.
+        """
+        if seeds is not None and seeds.shape != (batch_size,):
+            raise ValueError(f"expected one seed an image, ({batch_size},), got {tuple(seeds.shape)}")
+        if labels is None:
+            return None
+        labels = self.check_labels(labels, batch_size)
+        if not self.training or self.config.label_dropout == 0:
             return labels
         drawn = torch.rand(len(labels), device=labels.device) if seeds is None else uniform(seeds, 0)
         return labels.masked_fill(drawn < self.config.label_dropout, self.config.num_classes)
@@ -226,7 +235,7 @@ class Prior(StrictLoading, PreTrainedModel):
                 f"this prior has classes 0 to {self.config.num_classes - 1}, "
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
-        return labels.to(self.device)
+        return labels.to(self.device).long()
 
     def check_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
         """The codes of coarser grids; a prior of all grids has none.

@@ -103,7 +103,7 @@ class MaskGIT(TransformerPrior):
         self.check_condition(condition, len(codes))
         if not self.training:
             nats = self.negative_log_prob_bound(codes, labels, seeds=seeds).mean() / self.code_layout.num_codes
-            return PriorOutput(nats, {"bits_per_code_bound": nats / math.log(2)})
+            return PriorOutput(nats, {"bits_per_code_bound": nats.detach() / math.log(2)})
         flat = self.check_codes(codes)
         B, L = flat.shape
         if seeds is None:
@@ -111,7 +111,7 @@ class MaskGIT(TransformerPrior):
         share = masked_share(self.config.mask_schedule, uniform(mix(seeds, 1), 0))
         count = (share * L).ceil().clamp(1, L).long()
         masked = _random_mask(mix(seeds, 2), count, L)
-        labels = self.check_labels(self.hide_labels(labels, seeds), B)
+        labels = self.check_labels(self.hide_labels(labels, B, seeds), B)
         logits = self.hide_foreign_codes(self._logits(flat, masked, labels), slice(None))
         log_p = logits.log_softmax(-1)
         losses = -log_p.gather(-1, flat[..., None])[..., 0]

@@ -36,7 +36,7 @@ def expected_masked_count(schedule: Schedule, length: int) -> float:
 
     More than i codes are masked where u is below the progress at which the share falls to i / length.
     """
-    share = torch.arange(1, length, dtype=torch.float64) / length
+    share = torch.arange(1, length, dtype=torch.float64, device="cpu") / length
     progress = {
         "cosine": torch.arccos(share) * (2 / math.pi),
         "linear": 1 - share,
