@@ -141,7 +141,7 @@ DEFAULTS = {
     "ibq": {"entropy_weight": "0.01", "commitment_weight": "0.05", "distance": "euclidean", "revive_after": "50"},
     "simvq": {"codebook_start": "kmeans", "vocab_size": "512", "revive_after": "50"},
     "lfq": {"num_bits": "10", "entropy_weight": "0.01", "entropy_group_bits": "14"},
-    "bsq": {"num_bits": "10", "gradient": "straight_through", "diversity_weight": "1.0"},
+    "bsq": {"num_bits": "10", "entropy_temperature": "0.1", "entropy_group_bits": "14"},
     "gumbel": {"kl_weight": "0.0005", "straight_through": "True"},
     "fsq": {"levels": "[8, 5, 5, 5]"},
     "product": {"depth": "2"},

@@ -82,9 +82,9 @@ def _lookup_free(num_images: int) -> list[Case]:
     """Quantizers without a codebook, of 10 bits."""
     finite, binary = Work(num_images, 1000, len(LEVELS)), Work(num_images, 1024, 10)
     peers: dict[Kind, Factory] = {
-        # The same softmax as ours at temperature 1; bsq's entropies are those of all codes, ours those of bits.
+        # The same softmax over codes as ours.
         "lfq": partial(peer_quantizer, binary, "lfq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 1.0}),
-        "bsq": partial(peer_quantizer, binary, "bsq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 1.0}),
+        "bsq": partial(peer_quantizer, binary, "bsq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 10.0}),
     }
     fsq = partial(tessera, finite, {"name": "fsq", "levels": LEVELS})
     return [
