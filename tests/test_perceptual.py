@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models import vgg as torchvision_vgg
 
+from configs.loading import load_config
 from configs.objective import ObjectiveConfig
+from configs.schema import TokenizerTrainingConfig
 from tokenizer import build_tokenizer
 from tokenizer.objective import TokenizerObjective
 from tokenizer.perceptual import LPIPS
 
 URL = VGG16_Weights.IMAGENET1K_V1.url
-GOES_ON = "objective.perceptual_weight=0 goes on without"
-ADVICE = f"download {URL} and give objective.perceptual_file=PATH; {GOES_ON}"
+DOWNLOAD = f"download {URL} and give objective.perceptual_file=PATH; "
+ADVICE = DOWNLOAD + "objective.perceptual_weight=0 goes on without"
+WITH_A_FILE = DOWNLOAD + "objective.perceptual_weight=0 objective.perceptual_file=null goes on without"
 
 
 def features_of_vgg16(**_: Any) -> SimpleNamespace:
@@ -170,15 +174,15 @@ def test_images_are_not_changed(perceptual):
 
 
 def message_of(file: Path | str | None) -> str:
-    with pytest.raises(ValueError, match=GOES_ON) as error:
+    with pytest.raises(ValueError, match="goes on without") as error:
         LPIPS(None if file is None else str(file))
     return str(error.value)
 
 
 def test_a_missing_file_is_refused_with_what_to_download_and_where_to_put_it(tmp_path):
     file = tmp_path / "vgg16.pth"
-    assert message_of(file) == f"there is no file objective.perceptual_file={file}; {ADVICE}"
-    assert message_of(tmp_path) == f"there is no file objective.perceptual_file={tmp_path}; {ADVICE}"
+    assert message_of(file) == f"there is no file objective.perceptual_file={file}; {WITH_A_FILE}"
+    assert message_of(tmp_path) == f"there is no file objective.perceptual_file={tmp_path}; {WITH_A_FILE}"
 
 
 @pytest.mark.parametrize("contents", [b"", b"<html>404</html>", b"\x80\x02cos\nsystem\n."], ids=str)
@@ -188,14 +192,24 @@ def test_a_file_that_cannot_be_read_is_refused_with_what_to_download_and_where_t
     file.write_bytes(contents)
     message = message_of(file)
     assert message.startswith(f"objective.perceptual_file={file} cannot be read (")
-    assert message.endswith(ADVICE)
+    assert message.endswith(WITH_A_FILE)
 
 
 def test_half_a_file_is_refused_with_what_to_download_and_where_to_put_it(files, tmp_path):
     for ending, whole in files.items():
         file = tmp_path / f"half.{ending}"
         file.write_bytes(whole.read_bytes()[:1_000_000])
-        assert message_of(file).endswith(ADVICE)
+        assert message_of(file).endswith(WITH_A_FILE)
+
+
+def test_what_an_unreadable_file_advises_to_go_on_is_a_configuration_that_loads(tmp_path):
+    file = f"objective.perceptual_file={tmp_path / 'none'}"
+    off = re.findall(r"objective\.\w+=\w+", WITH_A_FILE.rpartition("; ")[2])
+    assert len(off) == 2
+    config = load_config(TokenizerTrainingConfig, None, ["steps=1", "objective.perceptual_weight=1", file, *off])
+    assert not config.objective.perceptual_weight
+    with pytest.raises(ValueError, match=r"give that as well, or objective\.perceptual_file=null"):
+        load_config(TokenizerTrainingConfig, None, ["steps=1", file])
 
 
 OTHERS = {
@@ -214,7 +228,7 @@ def test_a_file_without_vgg16_is_refused_with_what_to_download_and_where_to_put_
     torch.save(contents, tmp_path / "other.pth")
     message = message_of(tmp_path / "other.pth")
     assert message.startswith(f"objective.perceptual_file={tmp_path / 'other.pth'} does not hold torchvision's VGG16")
-    assert message.endswith(ADVICE)
+    assert message.endswith(WITH_A_FILE)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +276,15 @@ def test_images_that_are_too_small_are_refused_before_any_weights_are_read(tmp_p
         TokenizerObjective(config, tokenizer, 10)
 
 
-def test_a_package_lpips_that_is_not_whole_is_an_error_that_says_so(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("state", ["missing", "empty", "cut off", "of something else"])
+def test_a_package_lpips_that_is_not_whole_is_an_error_that_says_so(files, tmp_path, monkeypatch, state):
+    path = tmp_path / "lpips" / "weights" / "v0.1" / "vgg.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"some": torch.zeros(1000)}, path)
+    if state == "missing":
+        path.unlink()
+    elif state != "of something else":
+        path.write_bytes(path.read_bytes()[: 0 if state == "empty" else -100])
     spec = importlib.machinery.ModuleSpec("lpips", None, origin=str(tmp_path / "lpips" / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match=r"the package lpips is not whole: .*vgg.pth cannot be read"):
