@@ -54,11 +54,16 @@ def test_fewer_choices_than_codes_say_nothing():
     assert collapse_warning(quantizer, torch.zeros(1, 100, dtype=torch.int64)) is None
 
 
-def test_few_choices_of_many_codes_are_held_against_their_own_number():
+def test_of_few_choices_a_perplexity_of_half_their_number_says_nothing():
     quantizer = tiny_quantizer("vq", vocab_size=100_000)
-    assert "1.0 is below 10% of the 100 choices" in collapse_warning(quantizer, even_counts(1, 100, 100_000))
+    assert "a perplexity of 1.0 is below 10% of the 100,000 codes" in collapse_warning(
+        quantizer, even_counts(1, 100, 100_000)
+    )
     assert collapse_warning(quantizer, even_counts(1, 99, 100_000)) is None
+    assert collapse_warning(quantizer, even_counts(499, 3, 100_000)) is not None
     assert collapse_warning(quantizer, even_counts(500, 2, 100_000)) is None
+    # Half as many choices as codes, and a perplexity of 5.5 % of these.
+    assert collapse_warning(tiny_quantizer("vq", vocab_size=8192), even_counts(450, 9, 8192)) is not None
 
 
 def test_one_collapsed_codebook_among_several_is_enough():

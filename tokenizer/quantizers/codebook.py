@@ -18,10 +18,10 @@ from tokenizer.collectives import (
     sum_over_processes,
     take_rows,
 )
-from tokenizer.quantizers.base import Quantizer, QuantizerOutput, recomputing
+from tokenizer.quantizers.base import Quantizer, QuantizerOutput, float32_only, recomputing
 from tokenizer.quantizers.entropy import assignment_entropies
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
-from tokenizer.quantizers.kmeans import count, kmeans, start_vectors
+from tokenizer.quantizers.kmeans import apart, count, kmeans, start_vectors
 from tokenizer.quantizers.search import nearest_codes
 
 _LEAST_MEAN_COUNT = 4
@@ -133,7 +133,8 @@ class CodebookQuantizer(Quantizer):
 
     def active_codebook(self) -> Tensor:
         """The vectors that can be chosen, `(K or fewer, code_dim)`."""
-        return self._normalised(self.codebook[: self.active_size])
+        # A slice of everything would cost a second gradient of its size.
+        return self._normalised(self.codebook[: self.active_size] if self.initial_vocab_size else self.codebook)
 
     @property
     def active_size(self) -> int:
@@ -212,15 +213,16 @@ class CodebookQuantizer(Quantizer):
     def update(self, step: int) -> None:
         if self._counts is None or self._vectors is None:
             return
-        counts = sum_over_processes(self._counts)
-        self.learn(counts, step)
-        self.recent_counts.add_(counts)
-        # The check reads numbers back from the device: once in revive_after steps, not in every one.
-        num_moved = 0
-        if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
-            num_moved = self._revive(self._revive_share, step)
-        if self.initial_vocab_size and self._target_size > self.active_size:
-            self._grow(step, num_moved)
+        with float32_only(self._vectors.device.type):
+            counts = sum_over_processes(self._counts)
+            self.learn(counts, step)
+            self.recent_counts.add_(counts)
+            # The check reads numbers back from the device: once in revive_after steps, not in every one.
+            num_moved = 0
+            if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
+                num_moved = self._revive(self._revive_share, step)
+            if self.initial_vocab_size and self._target_size > self.active_size:
+                self._grow(step, num_moved)
         self._vectors = self._counts = None
 
     def _revive(self, share: float, step: int) -> int:
@@ -241,14 +243,16 @@ class CodebookQuantizer(Quantizer):
         self.num_active.fill_(self._target_size)
 
     def _random_latents(self, count: int, step: int) -> Tensor:
-        """Latents `(count, D)` of the last micro-batch of all processes, at different positions as far as it goes.
+        """Latents `(count, D)` of the last micro-batch of all processes; where there are too few, again with noise.
 
         Decided by the step and the index in the global batch, so that any number of processes takes the same.
         """
         assert self._vectors is not None
         total = len(self._vectors) * num_processes()
         order = mix(torch.arange(total, device=self._vectors.device), step).argsort()
-        return take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
+        rows = take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
+        # Equal codes would all but the first never be chosen.
+        return torch.cat([rows[:total], apart(rows[total:])]) if count > total else rows
 
     def collapse_advice(self) -> str:
         """What to try where only few codes are in use: the first flag that is off."""
