@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,8 @@ from urllib.error import URLError
 import lpips
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import ADVERSARIAL, TINY_MODEL, TINY_RUN, metrics, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models import vgg as torchvision_vgg
@@ -22,7 +23,8 @@ from torchvision.models import vgg as torchvision_vgg
 from configs.loading import load_config
 from configs.objective import ObjectiveConfig
 from configs.schema import TokenizerTrainingConfig
-from tokenizer import build_tokenizer
+from pipelines import train_tokenizer
+from tokenizer import ImageTokenizer, build_tokenizer
 from tokenizer.objective import TokenizerObjective
 from tokenizer.perceptual import LPIPS
 
@@ -296,3 +298,43 @@ def test_without_the_package_lpips_it_is_an_error_that_says_how_to_install_it(fi
     message = message_of(files["pth"])
     assert "needs the package lpips" in message
     assert "pip install 'tessera-images[perceptual]'" in message
+
+
+# In a training
+
+
+@pytest.fixture
+def train(files: dict[str, Path], image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train a tiny VQ-VAE for 2 steps on LPIPS alone, without a quantizer's losses, into `tmp_path / name`."""
+    given = [*TINY_MODEL, "quantizer.name=fsq", "quantizer.levels=[4,4]", "quantizer.entropy_weight=0", *TINY_RUN]
+    given += ["steps=2", "batch_size=2", "checkpoint_every=1", "data.image_size=16", "data.num_workers=0"]
+    given += ["mixed_precision=no", f"data.dataset={image_folder}", f"objective.perceptual_file={files['pth']}"]
+    given += ["objective.perceptual_weight=1", "objective.reconstruction_weight=0"]
+
+    def run(*overrides: str, name: str = "run") -> Path:
+        arguments = [*given, f"output_dir={tmp_path / name}", *overrides]
+        return train_tokenizer(load_config(TokenizerTrainingConfig, None, arguments))
+
+    return run
+
+
+def test_in_a_training_it_is_logged_by_name_and_moves_encoder_and_decoder(train):
+    run = train()
+    assert all(line["loss"] == pytest.approx(line["perceptual"]) and line["perceptual"] > 0 for line in metrics(run))
+    before = load_file(run / "checkpoints" / "step-00000001" / "model.safetensors")
+    moved = {name.split(".")[0] for name, tensor in weights(run).items() if not torch.equal(tensor, before[name])}
+    assert moved >= {"encoder", "decoder"}
+
+
+def test_tuning_the_decoder_on_every_term_keeps_codes_and_fingerprint(train):
+    start = train("steps=1", name="start")
+    every = [*ADVERSARIAL, "objective.adversarial_start=0", "objective.r1_weight=1"]
+    every += ["objective.reconstruction_weight=1", f"init_from={start}", "train_only=decoder", "steps=1"]
+    tuned = train(*every, name="tuned")
+    assert {"reconstruction", "perceptual", "adversarial", "discriminator", "lecam", "r1"} <= metrics(tuned)[0].keys()
+    before, after = weights(start), weights(tuned)
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
+    first, second = ImageTokenizer.from_pretrained(start), ImageTokenizer.from_pretrained(tuned)
+    assert first.fingerprint == second.fingerprint
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(first.encode(images), second.encode(images))
