@@ -32,7 +32,7 @@ def bit_entropies(logits: Tensor, group_bits: int) -> tuple[Tensor, Tensor]:
     per_bit = F.softplus(logits) - logits * ones
     num_groups = -(-logits.shape[1] // group_bits)
     groups = [
-        joint_entropy([torch.stack([1 - one, one], 1) for one in group.unbind(1)])
+        joint_entropy([torch.stack([1 - one, one]) for one in group.unbind(1)])
         for group in ones.tensor_split(num_groups, dim=1)
     ]
     return per_bit.sum(1).mean(), torch.stack(groups).sum()
