@@ -21,7 +21,7 @@ from tokenizer.collectives import (
 from tokenizer.quantizers.base import Quantizer, QuantizerOutput, float32_only, recomputing
 from tokenizer.quantizers.entropy import assignment_entropies
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
-from tokenizer.quantizers.kmeans import apart, count, kmeans, start_vectors
+from tokenizer.quantizers.kmeans import count, distinct, kmeans, start_vectors
 from tokenizer.quantizers.search import nearest_codes
 
 _LEAST_MEAN_COUNT = 4
@@ -232,27 +232,25 @@ class CodebookQuantizer(Quantizer):
         if mean < _LEAST_MEAN_COUNT:
             return 0
         little_used = (recent <= share * mean).nonzero().squeeze(1)
-        self.set_codes(little_used, self._random_latents(len(little_used), step))
+        self.set_codes(little_used, distinct(self._random_latents(len(little_used), step)))
         self.recent_counts.zero_()
         return len(little_used)
 
     def _grow(self, step: int, num_taken: int) -> None:
         new = torch.arange(self.active_size, self._target_size, device=self.codebook.device)
-        self.set_codes(new, self._random_latents(num_taken + len(new), step)[num_taken:])
+        self.set_codes(new, distinct(self._random_latents(num_taken + len(new), step))[num_taken:])
         self.recent_counts[new] = self.recent_counts[: self.active_size].mean()  # they have a window to be chosen in
         self.num_active.fill_(self._target_size)
 
     def _random_latents(self, count: int, step: int) -> Tensor:
-        """Latents `(count, D)` of the last micro-batch of all processes; where there are too few, again with noise.
+        """Latents `(count, D)` of the last micro-batch of all processes, at different positions as far as it goes.
 
         Decided by the step and the index in the global batch, so that any number of processes takes the same.
         """
         assert self._vectors is not None
         total = len(self._vectors) * num_processes()
         order = mix(torch.arange(total, device=self._vectors.device), step).argsort()
-        rows = take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
-        # Equal codes would all but the first never be chosen.
-        return torch.cat([rows[:total], apart(rows[total:])]) if count > total else rows
+        return take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
 
     def collapse_advice(self) -> str:
         """What to try where only few codes are in use: the first flag that is off."""

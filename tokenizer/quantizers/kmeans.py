@@ -45,6 +45,14 @@ def apart(vectors: Tensor) -> Tensor:
     return vectors + noise * 1e-3 * vectors.square().mean().sqrt().clamp(min=1e-6)
 
 
+def distinct(vectors: Tensor) -> Tensor:
+    """Vectors `(M, D)` with noise on those that an earlier one equals: as codes they would never be chosen."""
+    order = torch.arange(len(vectors), device=vectors.device)
+    _, group = torch.unique(vectors, dim=0, return_inverse=True)
+    first = torch.full_like(order, len(vectors)).scatter_reduce_(0, group, order, "amin")
+    return torch.where((first[group] < order)[:, None], apart(vectors), vectors)
+
+
 @torch.no_grad()
 def count(codes: Tensor, vocab_size: int) -> Tensor:
     """How often each code occurs in codes `(N,)`, `(K,)` float32."""
