@@ -73,8 +73,7 @@ class PeerEMA(Quantizer):
 
         super().__init__(dim, vocab_size)
         options = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.99, "commitment_weight": 0.25}
-        options |= {"rotation_trick": rotation_trick}
-        self.peer = VectorQuantize(dim=dim, codebook_size=vocab_size, **options)
+        self.peer = VectorQuantize(dim=dim, codebook_size=vocab_size, rotation_trick=rotation_trick, **options)
 
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
         B, _, *grid = latents.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 """Scores held at once on a CPU: 4 MiB of float32, which stays in cache."""
 _MOST_ELEMENTS = 1 << 23
-"""Scores held at most: 32 MiB, beside a second half of the search's memory."""
+"""Scores held at most, 32 MiB of float32: from 2^19 codes on, fewer than 16 rows, but always one."""
 
 
 def block_rows(vectors: Tensor, vocab_size: int) -> int:
