@@ -58,14 +58,17 @@ class ObjectiveConfig(Schema):
             if getattr(self, name) and not self.adversarial_weight:
                 raise ValueError(
                     f"objective.{name}={getattr(self, name)} regularizes a discriminator, but there is none; give "
-                    "objective.adversarial_weight="
+                    f"objective.adversarial_weight=, or objective.{name}=0"
                 )
         if not self.reconstruction_weight and not self.perceptual_weight:
             raise ValueError(
                 "nothing asks for a reconstruction: give objective.reconstruction_weight= or perceptual_weight="
             )
         if self.perceptual_file is not None and not self.perceptual_weight:
-            raise ValueError("objective.perceptual_file is not read; give objective.perceptual_weight= as well")
+            raise ValueError(
+                "objective.perceptual_file is not read without objective.perceptual_weight=; give that as well, or "
+                "objective.perceptual_file=null"
+            )
 
     @property
     def decoder_output(self) -> str:

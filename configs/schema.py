@@ -60,7 +60,7 @@ class DataConfig(SourceConfig):
     """Images to train on."""
 
     split: str = "train"
-    """Split to train on."""
+    """Split to train on, or rows of it: train[:100] are the first 100."""
     validation: Annotated[float, Range(0, 0.9)] | str | None = None
     """A split, another source, or a share such as 0.02 drawn by seed; by default the split validation or test."""
     image_size: PixelSize | list[PixelSize] = 32

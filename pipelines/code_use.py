@@ -46,14 +46,14 @@ class CodeUse:
 def collapse_warning(quantizer: Quantizer, counts: Tensor) -> str | None:
     """What to tell a user whose codes were chosen this often, `(num_codebooks, K)`; None where all is well.
 
-    The codebook that does worst decides. Fewer choices than codes are held against their own number, if there are 100.
+    The codebook that does worst decides. Of n choices even the best codebook has a perplexity of n at most, so that of
+    few choices one above n / 2 says nothing; of fewer than 100, none does.
     """
     size, choices = quantizer.active_size, int(counts.sum()) / quantizer.num_codebooks
     perplexity = min(metrics.perplexity(each) for each in counts.split(1))
-    if choices < min(size, _LEAST_CHOICES) or perplexity >= LEAST_PERPLEXITY * min(size, choices):
+    if choices < min(size, _LEAST_CHOICES) or perplexity >= min(LEAST_PERPLEXITY * size, choices / 2):
         return None
     return (
         f"the codebook is collapsing: a perplexity of {perplexity:.1f} is below {LEAST_PERPLEXITY:.0%} of the "
-        + (f"{size:,} codes" if choices >= size else f"{choices:,.0f} choices since the last such figure")
-        + f"; try {quantizer.collapse_advice()}"
+        f"{size:,} codes; try {quantizer.collapse_advice()}"
     )

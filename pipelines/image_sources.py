@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -32,9 +33,21 @@ class ImageSource:
     class_names: list[str] | None
 
     def split(self, name: str) -> datasets.Dataset:
-        if name not in self.splits:
-            raise ValueError(f"{self.name}: {did_you_mean(name, self.splits, 'split')}")
-        return self.splits[name]
+        """The rows of a split, or of a part of it such as `train[:100]`."""
+        base, part = _parse_split(name)
+        if base not in self.splits:
+            raise ValueError(f"{self.name}: {did_you_mean(base, self.splits, 'split')}")
+        rows = self.splits[base]
+        return rows if part is None else rows.select(range(len(rows))[part])
+
+
+def _parse_split(name: str) -> tuple[str, slice | None]:
+    """`train` as it is; of `train[:100]`, the split's name and the rows."""
+    found = re.fullmatch(r"(.+)\[(-?\d+)?:(-?\d+)?\]", name)
+    if found is None:
+        return name, None
+    first, end = (int(number) if number else None for number in found.groups()[1:])
+    return found[1], slice(first, end)
 
 
 @contextmanager
@@ -214,15 +227,16 @@ def training_splits(config: DataConfig, seed: int) -> tuple[ImageSource, dataset
     train = source.split(config.split)
     choice = config.validation
     if choice is None:
-        others = [n for n in ("validation", "valid", "val", "test") if n in source.splits and n != config.split]
+        trained = _parse_split(config.split)[0]
+        others = [n for n in ("validation", "valid", "val", "test") if n in source.splits and n != trained]
         return source, train, source.splits[others[0]] if others else None
     if isinstance(choice, float):
         if choice == 0:
             return source, train, None
         kept, held_out = hold_out(len(train), choice, seed)
         return source, train.select(kept), train.select(held_out)
-    if choice in source.splits:
-        return source, train, source.splits[choice]
+    if _parse_split(choice)[0] in source.splits:
+        return source, train, source.split(choice)
     if Path(choice).exists() or glob(choice) or "/" in choice:
         other = load_source(SourceConfig(choice, None, config.image_column, config.label_column))
         if other.class_names != source.class_names:

@@ -183,7 +183,7 @@ def make_tokenizer(config: TokenizerTrainingConfig) -> ImageTokenizer:
 
 
 def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageTokenizer) -> None:
-    """Decoder tuning keeps the saved network; an option that says otherwise is refused instead of ignored."""
+    """Decoder tuning keeps the saved network: a configuration of another one is refused instead of ignored."""
     name = tokenizer.config.model_type.removeprefix("tessera-")
     saved: dict[str, dict[str, Any]] = {
         "model": tokenizer.config.options() | {"name": name},
@@ -205,7 +205,8 @@ def _require_same_options(config: TokenizerTrainingConfig, tokenizer: ImageToken
             if have != value:
                 raise ValueError(
                     f"train_only=decoder keeps the tokenizer in {config.init_from}, whose {block}.{option} is "
-                    f"{have!r}, but {value!r} was asked for; leave it out, or give {block}.{option}={have}"
+                    f"{have!r}, but it is {value!r} here; start from that run's configuration "
+                    f"(--config {config.init_from}/config.yaml), or give {block}.{option}={have}"
                 )
 
 

@@ -1,5 +1,7 @@
 """What two processes run for test_quantizer_processes.py: every case, its outcome saved as `<folder>/<case>.<rank>.pt`.
 
+The cases are quantizers, and LeCAM.
+
 Each case has a process group of its own, so that one that fails or hangs takes no other with it.
 """
 
@@ -23,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer.collectives import gather_rows
+from tokenizer.discriminator import LeCAM
 from tokenizer.quantizers import Quantizer, QuantizerOutput, build_quantizer
 
 TIMEOUT = timedelta(seconds=10)
@@ -288,6 +291,19 @@ def evaluate_alone(case: Case, rank: int = 0) -> Tensor | None:
     return quantizer(case.latents(0)).codes if rank == 0 else None
 
 
+def regularize(rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
+    """LeCAM's loss, means and gradients at the logits of each of three steps, where each process has other logits."""
+    lecam, found = LeCAM(0.5), []
+    for step in range(3):
+        logits = torch.randn(2, NUM_IMAGES, generator=torch.Generator().manual_seed(step)).cumsum(1)
+        real, fake = (rows_of(rows, rank, world).requires_grad_() for rows in logits)
+        loss = lecam(real, fake)
+        loss.backward()
+        found.append({"loss": loss.detach(), "means": lecam.means.clone()})
+        found[-1] |= {"real": real.grad / world, "fake": fake.grad / world}
+    return found
+
+
 def outcome(name: str, run: Callable[[], Any], rank: int, folder: Path, timeout: timedelta = TIMEOUT) -> None:
     """Run a case in a process group of its own and save what it returns, or the traceback of what it raises."""
     store = dist.FileStore(str(folder / f"{name}.store"), 2)
@@ -311,6 +327,7 @@ def work(rank: int, folder: Path) -> None:
         outcome(name, partial(start, case, rank, 2), rank, folder)
     for name, case in PLAIN.items():
         outcome(f"alone-{name}", partial(evaluate_alone, case, rank), rank, folder, timedelta(seconds=5))
+    outcome("lecam", partial(regularize, rank, 2), rank, folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,15 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer
 
 from configs.loading import load_config
 from configs.schema import TokenizerTrainingConfig
 from pipelines import train_tokenizer
+from pipelines.compilation import require_compiler
 from tokenizer import ImageTokenizer
+from tokenizer.norm_swish import NormSwish
 from tokenizer.quantizers import Quantizer
 
 Train = Callable[..., Path]
@@ -116,6 +121,35 @@ def test_the_discriminator_has_a_learning_rate_of_its_own(train):
     assert (other - start).abs().max().item() == pytest.approx(2e-4, rel=0.02)
 
 
+def test_the_gradients_of_tokenizer_and_discriminator_are_each_clipped_to_the_global_norm(train):
+    def norm(optimizer: Optimizer) -> float:
+        return torch.stack([gradient.norm() for gradient in gradients(optimizer)]).norm().item()
+
+    with watching_optimizer_steps(norm) as norms:
+        train(*ADVERSARIAL, *FEW_STEPS, "max_grad_norm=0.001", "steps=2")
+    assert norms == pytest.approx([0.001] * 4, rel=1e-2)
+
+
+def test_grey_images_that_are_not_square_are_trained_on_with_a_discriminator(train):
+    grey = ["model.in_channels=1", "data.image_size=[16,24]", "objective.discriminator.name=stylegan"]
+    run = train(*grey, "objective.discriminator.channels=4", "objective.adversarial_weight=0.5", *FEW_STEPS, "steps=1")
+    (line,) = metrics(run)
+    assert all(math.isfinite(line[name]) for name in ("adversarial", "discriminator"))
+    saved = load_file(run / "checkpoints" / "step-00000001" / "second.safetensors")
+    assert saved["discriminator.layers.0.weight"].shape[1] == 1
+
+
+def test_the_networks_are_trained_in_the_memory_order_of_channels_last(train):
+    def orders(optimizer: Optimizer) -> list[bool]:
+        kernels = [p for group in optimizer.param_groups for p in group["params"] if p.ndim == 4]
+        return [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
+
+    with watching_optimizer_steps(orders) as seen:
+        train(*ADVERSARIAL, *FEW_STEPS, "steps=1")
+    assert len(seen) == 2  # tokenizer and discriminator
+    assert all(len(of_one) > 2 and all(of_one) for of_one in seen)
+
+
 def test_tuning_the_decoder_with_a_discriminator_keeps_codes_and_fingerprint(train):
     start = train("steps=2", name="start")
     tuned = train(*ADVERSARIAL, *FEW_STEPS, f"init_from={start}", "train_only=decoder", name="tuned")
@@ -181,6 +215,18 @@ def test_the_codebook_starts_from_the_latents_of_the_encoder_that_has_warmed_up(
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
 
 
+def test_after_a_warm_up_the_moving_average_starts_anew_from_the_weights(train):
+    options = ["weight_ema=0.6", "quantize_after=2", "checkpoint_every=1", "keep_checkpoints=4", "learning_rate=0.01"]
+    run = train(*options)
+    states = [load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step in (2, 3, 4)]
+    saved = weights(run)
+    for name in [name for name in saved if not name.startswith("quantizer.")]:
+        average = states[0][name]
+        for state in states[1:]:
+            average = 0.6 * average + 0.4 * state[name]
+        torch.testing.assert_close(saved[name], average, rtol=1e-5, atol=1e-6)
+
+
 def test_a_warm_up_as_long_as_the_training_is_refused(train):
     with pytest.raises(ValueError, match="quantize_after=4 leaves none of 4 steps to quantize"):
         train("quantize_after=4")
@@ -204,6 +250,23 @@ def test_activation_checkpointing_changes_nothing_that_is_trained(train):
         assert torch.equal(weights(checkpointed)[name], tensor), name
 
 
+def test_activation_checkpointing_computes_the_norms_of_every_block_a_second_time(train):
+    passes: dict[str, int] = {}
+
+    def count(module: nn.Module, _: object) -> None:
+        if isinstance(module, NormSwish) and module.training and torch.is_grad_enabled():
+            passes[asked] = passes.get(asked, 0) + 1
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        for asked in ("false", "true"):
+            train(f"activation_checkpointing={asked}", "steps=1", name=asked)
+    finally:
+        handle.remove()
+    # Encoder and decoder each have one that is in no block.
+    assert passes["true"] == 2 * passes["false"] - 2 > passes["false"]
+
+
 def test_activation_checkpointing_of_a_network_without_blocks_is_refused(train):
     with pytest.raises(ValueError, match="activation_checkpointing is for vqgan; vqvae has no blocks to checkpoint"):
         train("model.name=vqvae", "activation_checkpointing=true")
@@ -214,6 +277,14 @@ def test_compiling_without_a_compiler_is_refused_before_training(train, monkeypa
     with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler, and there is no .*: install it"):
         train("compile=true")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_compiling_for_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    require_compiler(torch.device("cpu"))
+    with pytest.raises(ValueError, match="compile=true on a GPU needs the package triton: pip install triton"):
+        require_compiler(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("r1_weight", "is_compiled"), [(0, True), (1, False)])

@@ -140,7 +140,7 @@ def test_the_same_codes_as_the_reference_in_a_large_codebook(name):
     assert_same_codebook(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["residual-1024-8", "simvq-8192-64", "fsq-1000-4", "lfq-1024-10", "bsq-1024-10"])
+@pytest.mark.parametrize("name", ["residual-1024-8", "simvq-8192-64", "fsq-1000-4", "fsq-paper-1000-4", "lfq-1024-10", "bsq-1024-10"])
 def test_the_same_codes_as_the_peer_where_it_has_the_quantizer(name):
     (ours,), (theirs,) = outcomes(TINY[name], "tessera", 1), outcomes(TINY[name], PEER, 1)
     assert_same_work(ours, theirs)

@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY_MODEL, TINY_RUN
 from quantizer_cases import tiny_quantizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.loading import load_config
 from configs.schema import TokenizerTrainingConfig
 from pipelines import metrics, train_tokenizer
 from pipelines.code_use import LEAST_PERPLEXITY, CodeUse, collapse_warning
 from pipelines.run_log import RunLog
+from tokenizer.quantizers import build_quantizer
 
 Train = Callable[..., Path]
 
@@ -54,11 +55,16 @@ def test_fewer_choices_than_codes_say_nothing():
     assert collapse_warning(quantizer, torch.zeros(1, 100, dtype=torch.int64)) is None
 
 
-def test_few_choices_of_many_codes_are_held_against_their_own_number():
+def test_of_few_choices_a_perplexity_of_half_their_number_says_nothing():
     quantizer = tiny_quantizer("vq", vocab_size=100_000)
-    assert "1.0 is below 10% of the 100 choices" in collapse_warning(quantizer, even_counts(1, 100, 100_000))
+    assert "a perplexity of 1.0 is below 10% of the 100,000 codes" in collapse_warning(
+        quantizer, even_counts(1, 100, 100_000)
+    )
     assert collapse_warning(quantizer, even_counts(1, 99, 100_000)) is None
+    assert collapse_warning(quantizer, even_counts(499, 3, 100_000)) is not None
     assert collapse_warning(quantizer, even_counts(500, 2, 100_000)) is None
+    # Half as many choices as codes, and a perplexity of 5.5 % of these.
+    assert collapse_warning(tiny_quantizer("vq", vocab_size=8192), even_counts(450, 9, 8192)) is not None
 
 
 def test_one_collapsed_codebook_among_several_is_enough():
@@ -91,6 +97,54 @@ def test_a_warning_is_printed_again_only_after_it_stopped_applying(tmp_path, cap
         log.warn_once(text)
     printed = capsys.readouterr().out
     assert [word for word in ("first", "second", "third", "fourth") if word in printed] == ["first", "third"]
+
+
+# What keeps codes in use
+
+
+def share_in_use(name: str, **options: object) -> float:
+    """The share of codes in use after 100 steps of a linear autoencoder, whose latents start small and far from 0."""
+    encoder, decoder, quantizer = nn.Linear(16, 8), nn.Linear(8, 16), build_quantizer({"name": name, **options}, 8)
+    nn.init.normal_(encoder.weight, std=0.05)
+    nn.init.constant_(encoder.bias, 3.0)
+
+    def latents(num_vectors: int) -> Tensor:
+        return encoder(torch.randn(num_vectors, 16)).t()[None].detach()
+
+    if quantizer.num_start_vectors:
+        quantizer.initialize(latents(quantizer.num_start_vectors))
+    scales = dict(quantizer.learning_rate_scales())
+    parameters = [p for module in (encoder, decoder, quantizer) for p in module.parameters()]
+    optimizer = torch.optim.Adam([{"params": [p], "lr": 0.01 * scales.get(p, 1.0)} for p in parameters])
+    for step in range(100):
+        quantizer.anneal((step + 1) / 100)
+        vectors = torch.randn(512, 16)
+        output = quantizer(encoder(vectors).t()[None])
+        loss = (decoder(output.quantized[0].t()) - vectors).square().mean() + sum(output.losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        quantizer.update(step)
+    return quantizer.eval()(latents(8192)).codes.unique().numel() / quantizer.vocab_size
+
+
+SIZES = {name: {"vocab_size": 64} for name in ("cvq", "ema", "simvq", "vq")}
+SIZES |= {"fsq": {"levels": [4, 4, 4]}, "lfq": {"num_bits": 6}}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_default_options_keep_nearly_all_of_64_codes_in_use(name):
+    assert share_in_use(name, **SIZES[name]) >= 0.95
+
+
+@pytest.mark.parametrize("name", ["cvq", "ema", "simvq", "vq"])
+def test_codes_that_start_far_from_the_latents_come_into_use_by_revival_or_anchors_alone(name):
+    assert share_in_use(name, vocab_size=64, codebook_start="normal") > 0.8
+
+
+@pytest.mark.parametrize("name", ["ema", "simvq", "vq"])
+def test_few_codes_that_start_far_from_the_latents_are_in_use_where_none_is_revived(name):
+    assert share_in_use(name, vocab_size=64, codebook_start="normal", revive_after=0) < 0.5
 
 
 # The figures

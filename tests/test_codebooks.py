@@ -266,6 +266,32 @@ def test_revived_codes_are_latents_of_the_last_batch_for_every_codebook(name):
     assert on_rows(vectors_of(quantizer, unused), latents).all()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "first_new"),
+    [
+        ({"vocab_size": 16, "revive_after": 1}, 1),
+        ({"vocab_size": 16, "initial_vocab_size": 4}, 4),
+        ({"vocab_size": 32, "initial_vocab_size": 16, "revive_after": 1}, 1),
+    ],
+    ids=["revival", "growth", "revival and growth"],
+)
+@pytest.mark.parametrize("name", ["ema", *STILL])
+def test_with_more_codes_to_move_than_vectors_each_vector_is_taken_once_and_no_two_codes_are_equal(
+    name, sizes, first_new
+):
+    quantizer = euclidean(name, **sizes)
+    quantizer.anneal(0.5)
+    quantizer(near_codes(quantizer, [0] * 100))
+    latents = near_codes(quantizer, [0] * 3)
+    quantize_and_update(quantizer, latents, 0)
+    vectors = vectors_of(quantizer)
+    assert quantizer.active_size == len(vectors.unique(dim=0)) == sizes["vocab_size"]
+    moved = vectors[first_new:]
+    assert on_rows(moved, latents).tolist() == [True] * 3 + [False] * (len(moved) - 3)
+    assert len(moved[:3].unique(dim=0)) == 3
+    assert torch.cdist(moved, rows(latents)).amin(1).max() < 1e-2
+
+
 @every_codebook
 def test_revive_after_zero_never_moves_a_code_onto_a_latent(name):
     quantizer = euclidean(name, revive_after=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.loading import options_of
 from tokenizer.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from tokenizer.quantizers.composite import level_seeds
+from tokenizer.quantizers.gradients import rotation_trick
 
 DIM = 4
 INNER = ["ema", "vq", "cvq", "simvq", "ibq", "gumbel", "fsq", "lfq", "bsq"]
@@ -84,7 +85,7 @@ def test_residual_depth_one_equals_its_inner_quantizer(name, gradient):
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own codebooks", "shared codebook"])
-@pytest.mark.parametrize("name", ["ema", "vq", "cvq"])
+@pytest.mark.parametrize("name", ["ema", "vq", "cvq", "ibq"])
 def test_residual_codes_are_the_greedy_assignment_of_what_is_left_over(name, shared):
     quantizer = wrapped("residual", name, depth=3, shared=shared)
     assert len(quantizer.inner) == (1 if shared else 3)
@@ -100,12 +101,38 @@ def test_residual_codes_are_the_greedy_assignment_of_what_is_left_over(name, sha
     assert_near(quantizer.decode(output.codes), output.quantized)
 
 
+def test_residual_codes_of_ibq_by_products_are_the_largest_ones_of_what_is_left_over():
+    quantizer = wrapped("residual", "ibq", inner={"distance": "dot"}, depth=3)
+    latents = torch.randn(2, DIM, 9)
+    output = quantizer(latents)
+    rest = rows(latents)
+    for level in range(3):
+        codebook = quantizer.inner[level].codebook.detach().double()
+        codes = (rest @ codebook.t()).argmax(1)
+        assert torch.equal(output.codes[..., level].flatten(), codes)
+        rest = rest - codebook[codes]
+    assert_near(rows(output.quantized), rows(latents) - rest)
+
+
 @pytest.mark.parametrize("name", ["ema", "vq", "cvq", "simvq", "lfq"])
 def test_the_latent_gradient_of_a_straight_through_residual_is_exactly_the_identity(name):
     quantizer = wrapped("residual", name, depth=3)
     latents, grad = torch.randn(2, DIM, 9, requires_grad=True), torch.randn(2, DIM, 9)
     quantizer(latents).quantized.backward(grad)
     assert torch.equal(latents.grad, grad)
+
+
+@pytest.mark.parametrize("options", [{"depth": 3}, {"scales": [1, 2, 3, 4]}], ids=["residual", "multiscale"])
+@pytest.mark.parametrize("name", ["ema", "vq", "cvq", "simvq", "lfq"])
+def test_the_rotation_trick_inside_a_sum_of_levels_turns_the_gradient_once_from_the_sum_to_the_latents(name, options):
+    wrapper = "residual" if "depth" in options else "multiscale"
+    quantizer = wrapped(wrapper, name, inner={"gradient": "rotation"}, **options)
+    latents, grad = torch.randn(2, DIM, 4, 4, requires_grad=True), torch.randn(2, DIM, 4, 4)
+    output = quantizer(latents)
+    output.quantized.backward(grad)
+    z = rows(latents).requires_grad_()
+    rotation_trick(z, rows(output.quantized)).backward(rows(grad))
+    assert_near(rows(latents.grad), z.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own codebooks", "shared codebook"])
@@ -271,7 +298,17 @@ def test_quantizer_dropout_changes_neither_codes_nor_losses_and_never_acts_in_ev
     assert (kept_levels(dropping, latents) == 4).all()
 
 
-@pytest.mark.parametrize("name", ["ema", "vq", "simvq", "ibq", "gumbel"])
+@pytest.mark.parametrize("name", ["cvq", "ibq"])
+def test_product_codes_are_the_nearest_of_each_group_of_channels(name):
+    quantizer = wrapped("product", name, dim=3 * DIM, depth=3)
+    latents = torch.randn(2, 3 * DIM, 9)
+    output = quantizer(latents)
+    for i, group in enumerate(rows(latents).split(DIM, dim=1)):
+        codes = nearest(group, quantizer.inner[i].codebook.detach().double())
+        assert torch.equal(output.codes[..., i].flatten(), codes)
+
+
+@pytest.mark.parametrize("name", ["cvq", "ema", "vq", "simvq", "ibq", "gumbel"])
 def test_product_equals_quantizers_of_its_groups_of_channels(name):
     quantizer = wrapped("product", name, dim=3 * DIM, depth=3)
     plain = [build_quantizer(inner_options(name), DIM) for _ in range(3)]
@@ -405,6 +442,24 @@ def test_multiscale_equals_the_algorithm_of_var(scales, grid, num_convolutions, 
             assert_near(gradient, reference, rtol=1e-4, atol=1e-6)
     parts = quantizer.code_layout(grid).split(output.codes)
     assert_near(quantizer.decode(parts), output.quantized, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq", "bsq"])
+def test_multiscale_divides_a_scale_by_the_level_scale_to_the_power_of_its_place_in_the_pyramid(name):
+    quantizer = wrapped("multiscale", name, scales=[1, 2, 3, 5])
+    inner, grids = quantizer.inner[0], quantizer.grids((5, 5))
+    base = 1 / torch.tensor([3.0, 4.0, 6.0, 5.0]).view(DIM, 1, 1) if name == "fsq" else 0.5
+    latents = torch.randn(2, DIM, 5, 5)
+    output = quantizer(latents)
+    parts = quantizer.code_layout((5, 5)).split(output.codes)
+    rest = bounded = inner.squeeze(latents)
+    for k, (codes, grid) in enumerate(zip(parts, grids, strict=True)):
+        scale = base ** (k / 3)
+        plain = inner.quantize(F.interpolate(rest, size=grid, mode="area") / scale, None)
+        assert torch.equal(codes, plain.codes)
+        rest = rest - quantizer._contribution(plain.quantized * scale, k, grids)
+    assert_near(output.quantized, bounded - rest)
+    assert_near(quantizer.decode(parts), bounded - rest)
 
 
 def test_the_entropy_term_acts_on_what_is_left_over_at_each_scale_as_if_coarser_scales_were_constant():

@@ -25,6 +25,8 @@ from configs.schema import (
 from configs.validation import Schema, field_docs
 from prior import PRIOR_CONFIGS, PRIORS, build_prior
 from tokenizer import TOKENIZER_CONFIGS, TOKENIZERS, build_tokenizer
+from tokenizer.discriminator import DISCRIMINATORS
+from tokenizer.objective import TokenizerObjective
 from tokenizer.quantizers import QUANTIZERS
 
 CONFIGS = Path(configs.schema.__file__).parent
@@ -221,6 +223,11 @@ def test_a_key_without_a_default_is_asked_for():
     [
         (RunConfig, ["batch_size=10", "accumulation_steps=4"], "batch_size=10 does not divide"),
         (TokenizerTrainingConfig, ["train_only=decoder"], "give init_from="),
+        (
+            TokenizerTrainingConfig,
+            ["mixed_precision=fp16", "objective.adversarial_weight=0.5"],
+            "mixed_precision=fp16 scales one loss; objective.adversarial_weight= brings a second: give bf16 or no",
+        ),
         (TokenizerTrainingConfig, ["model.name=3"], "model needs a name"),
         (PriorTrainingConfig, ["model.name="], "model needs a name"),
         (GenerationConfig, [], "give pipeline=DIR, or tokenizer=DIR and prior=DIR"),
@@ -512,12 +519,18 @@ def preset_files(folder: str) -> Any:
 
 
 @preset_files("tokenizer")
-def test_a_tokenizer_preset_loads_and_builds_its_model(file):
+def test_a_tokenizer_preset_loads_and_builds_its_model_and_its_discriminator(file):
     config = load_config(TokenizerTrainingConfig, file)
     tokenizer = build_tokenizer(config.model, config.quantizer, image_size=config.data.image_size)
     assert type(tokenizer) is TOKENIZERS[config.model["name"]]
     assert type(tokenizer.quantizer) is QUANTIZERS[config.quantizer["name"]]
     assert tokenizer.image_shape[1:] == ImagePreprocessing(image_size=config.data.image_size).size
+    # Without LPIPS, whose weights would have to be downloaded.
+    objective = dataclasses.replace(config.objective, perceptual_weight=0.0)
+    adversary = TokenizerObjective(objective, tokenizer, config.steps).adversary
+    assert (adversary is not None) == bool(config.objective.adversarial_weight)
+    if adversary is not None:
+        assert type(adversary.discriminator) is DISCRIMINATORS[config.objective.discriminator["name"]]
 
 
 @preset_files("prior")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantizer_cases import assert_same_state, state_of
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer.discriminator import build_discriminator, generator_loss, left_alone
 
@@ -54,6 +55,49 @@ def test_patchgan_with_batch_norm_is_that_of_pix2pix(num_layers, in_channels):
     images = torch.randn(2, in_channels, 96, 104)
     torch.testing.assert_close(ours(images), published(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dict(ours.named_buffers()), dict(published.named_buffers()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "layer"), [("none", []), ("group", [nn.GroupNorm]), ("batch", [nn.BatchNorm2d])])
+def test_patchgan_has_its_norm_after_all_but_the_first_and_last_convolution(norm, layer):
+    kinds = [type(each) for each in tiny("patchgan", num_layers=2, norm=norm)]
+    normed = [nn.Conv2d, *layer, nn.LeakyReLU]
+    assert kinds == [nn.Conv2d, nn.LeakyReLU, *normed, *normed, nn.Conv2d]
+
+
+def plain_stylegan(weights: dict[str, Tensor], image: Tensor, num_blocks: int) -> Tensor:
+    """The logit of one image: blocks of StyleGAN2's resnet discriminator with [1, 2, 1] blurs, then linear layers."""
+
+    def convolved(name: str, x: Tensor) -> Tensor:
+        weight = weights[f"layers.{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"layers.{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def activated(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.2 * x)
+
+    def halved(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        x = (x[:, :, :height] + 2 * x[:, :, 1 : height + 1] + x[:, :, 2:]) / 4
+        x = (x[..., :width] + 2 * x[..., 1 : width + 1] + x[..., 2:]) / 4
+        return x[:, :, ::2, ::2]
+
+    x = activated(convolved("0", image))
+    for i in range(2, 2 + num_blocks):
+        hidden = activated(convolved(f"{i}.conv2", activated(convolved(f"{i}.conv1", x))))
+        x = (halved(hidden) + convolved(f"{i}.shortcut", halved(x))) / 2**0.5
+    x = activated(convolved(str(2 + num_blocks), x)).flatten(1)
+    first, last = (f"layers.{i + num_blocks}" for i in (5, 7))
+    x = activated(F.linear(x, weights[f"{first}.weight"], weights[f"{first}.bias"]))
+    return F.linear(x, weights[f"{last}.weight"], weights[f"{last}.bias"])
+
+
+@pytest.mark.parametrize(("image_size", "num_blocks"), [((8, 9), 1), ((17, 24), 2), ((32, 32), 3)], ids=str)
+@torch.no_grad()
+def test_stylegan_gives_the_logits_of_plain_residual_blocks_one_image_at_a_time(image_size, num_blocks):
+    discriminator = tiny("stylegan", 3, image_size)
+    images = torch.randn(2, 3, *image_size)
+    expected = torch.cat([plain_stylegan(discriminator.state_dict(), image[None], num_blocks) for image in images])
+    torch.testing.assert_close(discriminator(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_weights_of_patchgan_start_with_a_deviation_of_two_hundredths():

@@ -111,6 +111,17 @@ def test_r1_comes_every_so_many_steps_so_many_times_as_strongly():
             torch.testing.assert_close(losses["r1"], torch.tensor(0.2 * 3 * 3**2 / (3 * 16 * 16) / 2))
 
 
+def test_r1_is_computed_in_float32_under_autocast():
+    objective, tokenizer = make(r1_weight=1.0, **PLAIN)
+    images = images_for(tokenizer)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(objective.discriminator_losses(objective.adversary, images, torch.zeros_like(images), 0)[0])
+    assert not torch.equal(found[1]["discriminator"], found[0]["discriminator"])
+    torch.testing.assert_close(found[1]["r1"], found[0]["r1"], rtol=1e-6, atol=0)
+
+
 def test_lecam_is_there_weighted_and_its_means_are_in_the_checkpoint():
     options = PLAIN | {"lecam_weight": 0.4, "lecam_decay": 0.9}
     objective, tokenizer = make(stand_in=MeanPixel(3.0), **options)

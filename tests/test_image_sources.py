@@ -399,6 +399,26 @@ def test_validation_can_be_a_split(three_splits):
     assert splits_of(three_splits, validation="test") == (list(range(20)), [200])
 
 
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [("[:3]", [0, 1, 2]), ("[17:]", [17, 18, 19]), ("[5:7]", [5, 6]), ("[-2:]", [18, 19]), ("[:]", list(range(20)))],
+)
+def test_rows_of_a_split_are_named_as_in_datasets(three_splits, part, rows):
+    assert splits_of(three_splits, split=f"train{part}") == (rows, [100, 101])
+    assert splits_of(three_splits, validation=f"train{part}") == (list(range(20)), rows)
+
+
+def test_rows_of_the_test_split_are_not_validated_on_the_test_split(tmp_path):
+    picture_files(tmp_path / "set" / "train", [1, 2])
+    picture_files(tmp_path / "set" / "test", [3, 4])
+    assert splits_of(tmp_path / "set", split="test[:1]") == ([3], None)
+
+
+def test_rows_of_an_unknown_split_are_refused_by_its_name(three_splits):
+    with pytest.raises(ValueError, match="unknown split 'trian'; did you mean 'train'"):
+        splits_of(three_splits, split="trian[:3]")
+
+
 def test_validation_can_be_off(three_splits):
     assert splits_of(three_splits, validation=0) == (list(range(20)), None)
 

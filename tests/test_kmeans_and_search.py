@@ -8,11 +8,12 @@ import pytest
 import torch
 from quantizer_cases import loss_of, tiny_quantizer
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenizer.quantizers.kmeans import kmeans
-from tokenizer.quantizers.search import BLOCK_ELEMENTS, largest_products, nearest_codes
+from tokenizer.quantizers.search import BLOCK_ELEMENTS, block_rows, largest_products, nearest_codes
 
 # Of group sizes 2 to 512, with last groups full and not; the last three search in several blocks.
 SIZES = [
@@ -71,6 +72,17 @@ def test_duplicates_go_to_the_lowest_index_for_a_lone_vector_as_well(dim, vocab_
         assert nearest_codes(vectors, codebook.repeat(vocab_size, 1)).tolist() == [0]
 
 
+def test_exact_duplicates_go_to_the_lowest_index_with_several_threads_as_well():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for vocab_size in range(2, 140):
+            codes = nearest_codes(torch.randn(100, 33), torch.randn(1, 33).repeat(vocab_size, 1))
+            assert not codes.any(), vocab_size
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @pytest.mark.parametrize(("num_vectors", "dim", "vocab_size"), SIZES)
 def test_the_largest_product_is_found_up_to_float32_rounding(num_vectors, dim, vocab_size):
     vectors, codebook = torch.randn(num_vectors, dim), torch.randn(vocab_size, dim)
@@ -109,6 +121,30 @@ class LargestAllocation(TorchDispatchMode):
         return output
 
 
+class Allocations(TorchDispatchMode):
+    """Remembers the bytes of every tensor's memory that an operation takes anew, and which of it still exists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given, taken = (
+            {StorageWeakRef(leaf.untyped_storage()): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+            for tree in ((args, kwargs), output)
+        )
+        self.num_bytes |= {ref: leaf.untyped_storage().nbytes() for ref, leaf in taken.items() if ref not in given}
+        self.most = max(self.most, self.held)
+        return output
+
+    @property
+    def held(self) -> int:
+        """The sum of what still exists."""
+        return sum(size for ref, size in self.num_bytes.items() if not ref.expired())
+
+
 LARGE = {"vocab_size": 8192, "num_bits": 13, "levels": [8, 8, 8, 4, 4], "decay": 0.5}
 SHARED_TERMS = {name: {"entropy_weight": 0.1} for name in ("cvq", "ema", "simvq", "vq")}
 
@@ -142,6 +178,43 @@ def test_no_more_than_the_codebook_and_a_block_is_held_with_262144_codes(name):
     assert largest.num_bytes <= 16 * 4 * 2**18  # 16 rows of scores; the codebook of 4 channels takes a fourth
 
 
+def test_scores_held_at_once_on_a_cpu_take_at_most_32_mib_and_are_one_row_at_least():
+    for vocab_size in (size for i in range(12, 23) for size in (2**i, 2**i - 1, 3 * 2**i // 4)):
+        num_rows = block_rows(torch.empty(1, 4), vocab_size)
+        assert num_rows >= 1
+        assert 4 * num_rows * vocab_size <= 32 << 20
+
+
+@pytest.mark.parametrize("find", [nearest_codes, largest_products])
+def test_a_search_of_many_blocks_holds_its_scores_in_one_buffer(find, monkeypatch):
+    monkeypatch.setattr("tokenizer.quantizers.search.BLOCK_ELEMENTS", 1)  # blocks of 16 rows, the last one not full
+    with Allocations() as taken:
+        find(torch.randn(500, 4), torch.randn(1024, 4))
+    assert list(taken.num_bytes.values()).count(4 * 16 * 1024) == 1
+
+
+@pytest.mark.parametrize("name", ["ibq", "vq"])
+def test_the_blocks_of_a_soft_assignment_are_not_kept_for_the_backward_pass(name, monkeypatch):
+    monkeypatch.setattr("tokenizer.quantizers.search.BLOCK_ELEMENTS", 1)  # blocks of 16 rows
+    quantizer = tiny_quantizer(name, vocab_size=512, entropy_weight=0.1)
+    latents = torch.randn(1, 4, 256, requires_grad=True)
+    matrix = 4 * 256 * 512
+    with Allocations() as taken:
+        loss = loss_of(quantizer(latents))
+        assert taken.held < matrix / 4
+        loss.backward()
+    assert taken.most < matrix / 2
+
+
+@pytest.mark.parametrize("name", ["cvq", "vq"])
+def test_the_backward_pass_makes_one_gradient_of_the_size_of_the_codebook(name):
+    quantizer = tiny_quantizer(name, vocab_size=1000)
+    loss = loss_of(quantizer(torch.randn(2, 4, 16, requires_grad=True)))
+    with Allocations() as taken:
+        loss.backward()
+    assert list(taken.num_bytes.values()).count(4 * 1000 * 4) == 1
+
+
 def test_the_measure_of_memory_sees_a_matrix_in_forward_and_in_backward():
     vectors, codebook = torch.randn(512, 4, requires_grad=True), torch.randn(1024, 4)
     with LargestAllocation() as forward:
@@ -151,6 +224,18 @@ def test_the_measure_of_memory_sees_a_matrix_in_forward_and_in_backward():
     with LargestAllocation() as backward:
         loss.backward()
     assert backward.num_bytes >= 4 * 512 * 1024
+
+
+def test_the_sum_of_memory_counts_what_is_taken_anew_and_still_exists():
+    given = torch.randn(1000)
+    with Allocations() as taken:
+        kept = [given + i for i in range(3)]
+        view = kept[0].view(10, 100).add_(1)
+        (given + 1).sum()
+    assert (taken.held, taken.most) == (3 * 4000, 4 * 4000 + 4)
+    del kept
+    assert taken.held == 4000
+    assert view[0, 0] == given[0] + 1
 
 
 def test_a_multiscale_forward_holds_no_matrix_either():

@@ -216,7 +216,14 @@ def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_micro_batches(kind,
     [
         ({"lecam_weight": 0.1}, "objective.lecam_weight=0.1 regularizes a discriminator, but there is none; give "),
         ({"r1_weight": 2.0}, "objective.r1_weight=2.0 regularizes a discriminator, but there is none; give "),
-        ({"perceptual_file": "vgg.pth"}, "perceptual_file is not read; give objective.perceptual_weight= as well"),
+        (
+            {"perceptual_file": "vgg.pth"},
+            "perceptual_file is not read without objective.perceptual_weight=; give that",
+        ),
+        (
+            {"reconstruction_weight": 0.0},
+            "asks for a reconstruction: give objective.reconstruction_weight= or perceptual",
+        ),
         ({"discriminator": {}}, "objective.discriminator needs a name, got {}; give objective.discriminator.name="),
         ({"discriminator": {"name": 3}}, "objective.discriminator needs a name, got {'name': 3}; give "),
         ({"reconstruction": "l3"}, "reconstruction should be l1 | l2 | logit_laplace | categorical, got 'l3'"),

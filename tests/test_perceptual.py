@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +14,24 @@ from urllib.error import URLError
 import lpips
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import ADVERSARIAL, TINY_MODEL, TINY_RUN, metrics, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models import vgg as torchvision_vgg
 
+from configs.loading import load_config
 from configs.objective import ObjectiveConfig
-from tokenizer import build_tokenizer
+from configs.schema import TokenizerTrainingConfig
+from pipelines import train_tokenizer
+from tokenizer import ImageTokenizer, build_tokenizer
 from tokenizer.objective import TokenizerObjective
 from tokenizer.perceptual import LPIPS
 
 URL = VGG16_Weights.IMAGENET1K_V1.url
-GOES_ON = "objective.perceptual_weight=0 goes on without"
-ADVICE = f"download {URL} and give objective.perceptual_file=PATH; {GOES_ON}"
+DOWNLOAD = f"download {URL} and give objective.perceptual_file=PATH; "
+ADVICE = DOWNLOAD + "objective.perceptual_weight=0 goes on without"
+WITH_A_FILE = DOWNLOAD + "objective.perceptual_weight=0 objective.perceptual_file=null goes on without"
 
 
 def features_of_vgg16(**_: Any) -> SimpleNamespace:
@@ -170,15 +176,15 @@ def test_images_are_not_changed(perceptual):
 
 
 def message_of(file: Path | str | None) -> str:
-    with pytest.raises(ValueError, match=GOES_ON) as error:
+    with pytest.raises(ValueError, match="goes on without") as error:
         LPIPS(None if file is None else str(file))
     return str(error.value)
 
 
 def test_a_missing_file_is_refused_with_what_to_download_and_where_to_put_it(tmp_path):
     file = tmp_path / "vgg16.pth"
-    assert message_of(file) == f"there is no file objective.perceptual_file={file}; {ADVICE}"
-    assert message_of(tmp_path) == f"there is no file objective.perceptual_file={tmp_path}; {ADVICE}"
+    assert message_of(file) == f"there is no file objective.perceptual_file={file}; {WITH_A_FILE}"
+    assert message_of(tmp_path) == f"there is no file objective.perceptual_file={tmp_path}; {WITH_A_FILE}"
 
 
 @pytest.mark.parametrize("contents", [b"", b"<html>404</html>", b"\x80\x02cos\nsystem\n."], ids=str)
@@ -188,14 +194,24 @@ def test_a_file_that_cannot_be_read_is_refused_with_what_to_download_and_where_t
     file.write_bytes(contents)
     message = message_of(file)
     assert message.startswith(f"objective.perceptual_file={file} cannot be read (")
-    assert message.endswith(ADVICE)
+    assert message.endswith(WITH_A_FILE)
 
 
 def test_half_a_file_is_refused_with_what_to_download_and_where_to_put_it(files, tmp_path):
     for ending, whole in files.items():
         file = tmp_path / f"half.{ending}"
         file.write_bytes(whole.read_bytes()[:1_000_000])
-        assert message_of(file).endswith(ADVICE)
+        assert message_of(file).endswith(WITH_A_FILE)
+
+
+def test_what_an_unreadable_file_advises_to_go_on_is_a_configuration_that_loads(tmp_path):
+    file = f"objective.perceptual_file={tmp_path / 'none'}"
+    off = re.findall(r"objective\.\w+=\w+", WITH_A_FILE.rpartition("; ")[2])
+    assert len(off) == 2
+    config = load_config(TokenizerTrainingConfig, None, ["steps=1", "objective.perceptual_weight=1", file, *off])
+    assert not config.objective.perceptual_weight
+    with pytest.raises(ValueError, match=r"give that as well, or objective\.perceptual_file=null"):
+        load_config(TokenizerTrainingConfig, None, ["steps=1", file])
 
 
 OTHERS = {
@@ -214,7 +230,7 @@ def test_a_file_without_vgg16_is_refused_with_what_to_download_and_where_to_put_
     torch.save(contents, tmp_path / "other.pth")
     message = message_of(tmp_path / "other.pth")
     assert message.startswith(f"objective.perceptual_file={tmp_path / 'other.pth'} does not hold torchvision's VGG16")
-    assert message.endswith(ADVICE)
+    assert message.endswith(WITH_A_FILE)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +278,15 @@ def test_images_that_are_too_small_are_refused_before_any_weights_are_read(tmp_p
         TokenizerObjective(config, tokenizer, 10)
 
 
-def test_a_package_lpips_that_is_not_whole_is_an_error_that_says_so(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("state", ["missing", "empty", "cut off", "of something else"])
+def test_a_package_lpips_that_is_not_whole_is_an_error_that_says_so(files, tmp_path, monkeypatch, state):
+    path = tmp_path / "lpips" / "weights" / "v0.1" / "vgg.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"some": torch.zeros(1000)}, path)
+    if state == "missing":
+        path.unlink()
+    elif state != "of something else":
+        path.write_bytes(path.read_bytes()[: 0 if state == "empty" else -100])
     spec = importlib.machinery.ModuleSpec("lpips", None, origin=str(tmp_path / "lpips" / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match=r"the package lpips is not whole: .*vgg.pth cannot be read"):
@@ -274,3 +298,43 @@ def test_without_the_package_lpips_it_is_an_error_that_says_how_to_install_it(fi
     message = message_of(files["pth"])
     assert "needs the package lpips" in message
     assert "pip install 'tessera-images[perceptual]'" in message
+
+
+# In a training
+
+
+@pytest.fixture
+def train(files: dict[str, Path], image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train a tiny VQ-VAE for 2 steps on LPIPS alone, without a quantizer's losses, into `tmp_path / name`."""
+    given = [*TINY_MODEL, "quantizer.name=fsq", "quantizer.levels=[4,4]", "quantizer.entropy_weight=0", *TINY_RUN]
+    given += ["steps=2", "batch_size=2", "checkpoint_every=1", "data.image_size=16", "data.num_workers=0"]
+    given += ["mixed_precision=no", f"data.dataset={image_folder}", f"objective.perceptual_file={files['pth']}"]
+    given += ["objective.perceptual_weight=1", "objective.reconstruction_weight=0"]
+
+    def run(*overrides: str, name: str = "run") -> Path:
+        arguments = [*given, f"output_dir={tmp_path / name}", *overrides]
+        return train_tokenizer(load_config(TokenizerTrainingConfig, None, arguments))
+
+    return run
+
+
+def test_in_a_training_it_is_logged_by_name_and_moves_encoder_and_decoder(train):
+    run = train()
+    assert all(line["loss"] == pytest.approx(line["perceptual"]) and line["perceptual"] > 0 for line in metrics(run))
+    before = load_file(run / "checkpoints" / "step-00000001" / "model.safetensors")
+    moved = {name.split(".")[0] for name, tensor in weights(run).items() if not torch.equal(tensor, before[name])}
+    assert moved >= {"encoder", "decoder"}
+
+
+def test_tuning_the_decoder_on_every_term_keeps_codes_and_fingerprint(train):
+    start = train("steps=1", name="start")
+    every = [*ADVERSARIAL, "objective.adversarial_start=0", "objective.r1_weight=1"]
+    every += ["objective.reconstruction_weight=1", f"init_from={start}", "train_only=decoder", "steps=1"]
+    tuned = train(*every, name="tuned")
+    assert {"reconstruction", "perceptual", "adversarial", "discriminator", "lecam", "r1"} <= metrics(tuned)[0].keys()
+    before, after = weights(start), weights(tuned)
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
+    first, second = ImageTokenizer.from_pretrained(start), ImageTokenizer.from_pretrained(tuned)
+    assert first.fingerprint == second.fingerprint
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(first.encode(images), second.encode(images))

@@ -134,16 +134,22 @@ def test_a_grid_that_multiscale_was_not_built_for_is_refused(scales, grid, messa
 
 # Defaults and help
 
+ALIVE = {"codebook_start": "kmeans", "revive_after": "50", "revive_below": "0.5", "initial_vocab_size": "0"}
+BITS = {"num_bits": "10", "entropy_weight": "0.01", "diversity_weight": "1.0", "entropy_group_bits": "14"}
+
 DEFAULTS = {
-    "ema": {"vocab_size": "512", "revive_after": "50", "entropy_weight": "0.0", "decay": "0.99"},
-    "vq": {"commitment_weight": "0.25", "gradient": "straight_through", "codebook_start": "kmeans"},
-    "cvq": {"revive_after": "0", "anchor": "closest", "decay": "0.99", "commitment_weight": "0.25"},
-    "ibq": {"entropy_weight": "0.01", "commitment_weight": "0.05", "distance": "euclidean", "revive_after": "50"},
-    "simvq": {"codebook_start": "kmeans", "vocab_size": "512", "revive_after": "50"},
-    "lfq": {"num_bits": "10", "entropy_weight": "0.01", "entropy_group_bits": "14"},
-    "bsq": {"num_bits": "10", "gradient": "straight_through", "diversity_weight": "1.0"},
-    "gumbel": {"kl_weight": "0.0005", "straight_through": "True"},
-    "fsq": {"levels": "[8, 5, 5, 5]"},
+    "ema": ALIVE | {"vocab_size": "512", "entropy_weight": "0.0", "decay": "0.99"},
+    "vq": ALIVE | {"commitment_weight": "0.25", "gradient": "straight_through", "codebook_learning_rate": "10.0"},
+    "cvq": ALIVE | {"revive_after": "0", "anchor": "closest", "decay": "0.99", "commitment_weight": "0.25"},
+    "ibq": ALIVE
+    | {"codebook_start": "normal", "codebook_learning_rate": "10.0", "distance": "euclidean"}
+    | {"commitment_weight": "0.05", "codebook_weight": "0.01", "double_quantization_weight": "0.05"}
+    | {"entropy_weight": "0.01", "entropy_temperature": "1.0"},
+    "simvq": ALIVE | {"vocab_size": "512", "codebook_learning_rate": "5.0"},
+    "lfq": BITS | {"entropy_temperature": "1.0", "commitment_weight": "0.01"},
+    "bsq": BITS | {"entropy_temperature": "0.1", "commitment_weight": "0.01"},
+    "gumbel": {"kl_weight": "0.0005", "entropy_weight": "0.01", "straight_through": "True"},
+    "fsq": {"levels": "[8, 5, 5, 5]", "entropy_weight": "0.003"},
     "product": {"depth": "2"},
     "residual": {"depth": "4", "shared": "False", "quantizer_dropout": "0.0"},
     "multiscale": {"scales": "None", "num_convolutions": "4", "grid_dims": "2"},

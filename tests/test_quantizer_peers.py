@@ -90,16 +90,18 @@ def test_lookup_free_quantizers_have_the_codes_values_and_gradients_of_the_peer(
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("inverse_temperature", [0.25, 1.0])
-def test_lfq_has_the_losses_of_the_peer(inverse_temperature, gamma):
+@pytest.mark.parametrize(("name", "spherical"), [("lfq", False), ("bsq", True)])
+def test_lookup_free_quantizers_have_the_losses_of_the_peer(name, spherical, inverse_temperature, gamma):
     mine = quantizer_of(
-        "lfq",
+        name,
         num_bits=DIM,
         commitment_weight=0.5,
         entropy_weight=0.2,
         diversity_weight=gamma,
         entropy_temperature=1 / inverse_temperature,
     )
-    theirs = peers.LFQ(dim=DIM, entropy_loss_weight=0.2, commitment_loss_weight=0.5, diversity_gamma=gamma)
+    weights = {"entropy_loss_weight": 0.2, "commitment_loss_weight": 0.5, "diversity_gamma": gamma}
+    theirs = peers.LFQ(dim=DIM, spherical=spherical, **weights)
     latents = torch.randn(3, DIM, 8, 9)
     x, y = latents.clone().requires_grad_(), latents.clone().requires_grad_()
     loss = sum(mine(x).losses.values())

@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each leave every quantizer as one process with the whole batch does."""
+"""Two processes with half of the batch each leave every quantizer, and LeCAM, as one with the whole batch does."""
 
 from __future__ import annotations
 
@@ -170,3 +170,12 @@ def test_one_process_evaluates_without_the_other(two_processes: Outcomes, name: 
     codes, nothing = two_processes(f"alone-{name}")
     assert nothing is None
     assert torch.equal(codes, worker.evaluate_alone(worker.PLAIN[name]))
+
+
+def test_two_processes_regularize_a_discriminator_by_lecam_as_one_does(two_processes: Outcomes) -> None:
+    for first, second, one in zip(*two_processes("lecam"), worker.regularize(), strict=True):
+        assert torch.equal(first["means"], second["means"])
+        torch.testing.assert_close(first["means"], one["means"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close((first["loss"] + second["loss"]) / 2, one["loss"], rtol=1e-5, atol=1e-6)
+        for kind in ("real", "fake"):
+            torch.testing.assert_close(torch.cat([first[kind], second[kind]]), one[kind], rtol=1e-5, atol=1e-6)

@@ -89,6 +89,30 @@ def test_autocast_to_bfloat16_changes_no_code_no_value_and_no_loss(name, trainin
     assert torch.equal(decoded_under_autocast, decoded)
 
 
+@every_quantizer
+def test_autocast_to_bfloat16_changes_nothing_of_an_update(name):
+    quantizer = tiny_quantizer(name, vocab_size=64, revive_after=1, revive_below=0.9)
+    other = copy.deepcopy(quantizer)
+    latents, seeds = torch.randn(4, 4, 8, 8), torch.arange(4)
+    for each, autocast in ((quantizer, False), (other, True)):
+        each.anneal(0.5)
+        each(latents, seeds)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            each.update(0)
+    assert_same_state(other, state_of(quantizer))
+
+
+@pytest.mark.parametrize("name", ["ibq", "ibq-cosine", "vq-entropy"])
+def test_autocast_to_bfloat16_changes_no_gradient_that_the_backward_pass_computes_in_blocks(name):
+    quantizer, latents = tiny_quantizer(name, vocab_size=64), torch.randn(4, 4, 8, 8, requires_grad=True)
+    gradients = []
+    for autocast in (False, True):
+        loss = loss_of(quantizer(latents))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(loss, [latents, *quantizer.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 @in_both_modes
 @every_quantizer
 def test_matrix_products_of_medium_precision_change_no_code_no_value_and_no_loss(name, training):

@@ -21,6 +21,7 @@ from pipelines.benchmarks.tokenizer_contestants import (
     published,
 )
 from pipelines.benchmarks.training_speed import tokenizer_step
+from pipelines.devices import default_device, resolve_mixed_precision
 from tokenizer.norm_swish import NormSwish
 from tokenizer.quantizers import build_quantizer
 from tokenizer.vqgan import Attention
@@ -39,6 +40,29 @@ def test_every_case_says_what_it_takes_to_repeat_it(name):
     assert {"tessera", "reference"} <= {who for who, make in case.contestants.items() if make}
     assert case.amount == case.setting["batch_size"] == (16 if name == "vqvae-32" else 1)
     assert json.loads(json.dumps(case.setting)) == case.setting
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_trains_by_the_options_that_it_names_and_prints(name):
+    case = CASES[name]
+    (config, *others) = [make.args[0] for make in case.contestants.values() if make]
+    assert all(other is config for other in others)
+    objective = config.objective
+    options = {
+        "batch_size": config.batch_size,
+        "image_size": config.data.image_size,
+        "model": config.model,
+        "quantizer": config.quantizer,
+        "mixed_precision": resolve_mixed_precision(config.mixed_precision, default_device()),
+        "compile": config.compile,
+        "activation_checkpointing": config.activation_checkpointing,
+        "discriminator": objective.discriminator["name"] if objective.adversarial_weight else None,
+    }
+    plain = {"compile": False, "activation_checkpointing": False, "discriminator": None}
+    assert plain | case.setting == options
+    assert config.compile == name.endswith("-compiled")
+    assert config.activation_checkpointing == name.endswith("-checkpointing")
+    assert bool(objective.adversarial_weight) == name.endswith("-discriminator")
 
 
 def test_the_large_cases_are_also_measured_on_diffusers():

@@ -24,6 +24,8 @@ from pipelines.optimization import make_optimizer
 from prior import Prior
 from tokenizer import ImageTokenizer
 from tokenizer.discriminator import PatchGAN
+from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers.ema import EMAQuantizer
 
 Train = Callable[..., Path]
 
@@ -179,6 +181,46 @@ def test_two_accumulation_steps_give_the_weights_of_one(training: Train) -> None
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-5)
     for mine, theirs in zip(metrics(one, "train"), metrics(two, "train"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_the_quantizer_is_annealed_before_and_updated_after_all_micro_batches_of_each_optimizer_step(
+    tokenizer_training: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(EMAQuantizer):
+        def anneal(self, progress: float) -> None:
+            calls.append(("anneal", progress))
+            super().anneal(progress)
+
+        def observe(self, vectors: Tensor, codes: Tensor) -> None:
+            calls.append("micro-batch")
+            super().observe(vectors, codes)
+
+        def update(self, step: int) -> None:
+            calls.append(("update", step))
+            super().update(step)
+
+    calls: list[Any] = []
+    monkeypatch.setitem(QUANTIZERS, "ema", Watched)
+    with watching_optimizer_steps(lambda _: calls.append("optimizer step")):
+        tokenizer_training("accumulation_steps=2", "validate_every=0")
+    expected: list[Any] = []
+    for step in range(4):
+        expected += [("anneal", (step + 1) / 4), "micro-batch", "micro-batch", "optimizer step", ("update", step)]
+    assert calls == expected
+
+
+def test_a_start_by_kmeans_takes_batches_until_it_has_64_vectors_a_code(
+    tokenizer_training: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(EMAQuantizer):
+        def start(self, latents: Tensor) -> None:
+            started.append(latents.numel() // latents.shape[1])
+            super().start(latents)
+
+    started: list[int] = []
+    monkeypatch.setitem(QUANTIZERS, "ema", Watched)
+    tokenizer_training("steps=1")  # 16 codes, and 64 vectors a batch
+    assert started == [16 * 64]
 
 
 def test_gradients_are_clipped_to_the_global_norm_and_zero_is_off(training: Train) -> None:

@@ -50,7 +50,8 @@ class TokenizerObjective:
     """The terms of both sides, each named and weighted; their sum is what is minimised.
 
     Terms are means over samples, so those of micro-batches add up to those of the batch, but for the adaptive weight
-    and LeCAM's means: both are over all processes, and of one micro-batch.
+    and LeCAM's means: both are over all processes, and of one micro-batch. A discriminator's batch norm is of one
+    micro-batch and process, and its spectral norm iterates once in each.
 
     Args:
         config: which terms, and their weights.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -77,18 +76,19 @@ def _linear_weights() -> list[Tensor]:
     path = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError) as error:
+        return [saved[f"lin{i}.model.1.weight"].float() for i in range(len(_STAGES) - 1)]
+    except Exception as error:
         raise ValueError(
-            f"the package lpips is not whole: {path} cannot be read ({error}); pip install --force-reinstall lpips. "
+            f"the package lpips is not whole: {path} cannot be read ({error!r}); pip install --force-reinstall lpips. "
             "objective.perceptual_weight=0 goes on without"
         ) from error
-    return [saved[f"lin{i}.model.1.weight"].float() for i in range(len(_STAGES) - 1)]
 
 
 def _vgg_weights(file: str | None, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors of vgg16.features, by names such as 0.weight, which are to have these shapes."""
     url = VGG16_Weights.IMAGENET1K_V1.url
-    advice = f"download {url} and give objective.perceptual_file=PATH; objective.perceptual_weight=0 goes on without"
+    off = "objective.perceptual_weight=0" + (" objective.perceptual_file=null" if file is not None else "")
+    advice = f"download {url} and give objective.perceptual_file=PATH; {off} goes on without"
     source = f"objective.perceptual_file={file}" if file is not None else "the file that torchvision has downloaded"
     path = None if file is None else Path(file).expanduser()
     if path is not None and not path.is_file():

@@ -25,6 +25,7 @@ PEER = "vector-quantize-pytorch"
 
 TEN_BITS: dict[str, dict[str, Any]] = {
     PEER: {"name": PEER, "vocab_size": 1024},
+    f"{PEER}, straight-through": {"name": PEER, "vocab_size": 1024, "rotation_trick": False},
     "ema": {"name": "ema", "vocab_size": 1024},
     "vq": {"name": "vq", "vocab_size": 1024},
     "vq, cosine, 8 channels": {"name": "vq", "vocab_size": 1024, "distance": "cosine", "code_dim": 8},
@@ -64,14 +65,15 @@ class PeerEMA(Quantizer):
 
     Args:
         vocab_size: K, codes in the codebook.
+        rotation_trick: as it is by default there; otherwise straight-through.
     """
 
-    def __init__(self, dim: int, *, vocab_size: int = 512) -> None:
+    def __init__(self, dim: int, *, vocab_size: int = 512, rotation_trick: bool = True) -> None:
         from vector_quantize_pytorch import VectorQuantize
 
         super().__init__(dim, vocab_size)
         options = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.99, "commitment_weight": 0.25}
-        self.peer = VectorQuantize(dim=dim, codebook_size=vocab_size, **options)
+        self.peer = VectorQuantize(dim=dim, codebook_size=vocab_size, rotation_trick=rotation_trick, **options)
 
     def quantize(self, latents: Tensor, seeds: Tensor | None) -> QuantizerOutput:
         B, _, *grid = latents.shape

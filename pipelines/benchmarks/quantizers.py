@@ -82,13 +82,16 @@ def _lookup_free(num_images: int) -> list[Case]:
     """Quantizers without a codebook, of 10 bits."""
     finite, binary = Work(num_images, 1000, len(LEVELS)), Work(num_images, 1024, 10)
     peers: dict[Kind, Factory] = {
-        # The same softmax as ours at temperature 1; bsq's entropies are those of all codes, ours those of bits.
+        # The same softmax over codes as ours.
         "lfq": partial(peer_quantizer, binary, "lfq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 1.0}),
-        "bsq": partial(peer_quantizer, binary, "bsq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 1.0}),
+        "bsq": partial(peer_quantizer, binary, "bsq", {"commitment_loss_weight": 0.25}, {"inv_temperature": 10.0}),
     }
-    fsq = partial(tessera, finite, {"name": "fsq", "levels": LEVELS})
+    fsq = {"name": "fsq", "levels": LEVELS}
+    peer_fsq = partial(peer_quantizer, finite, "fsq", {"levels": LEVELS})
     return [
-        _case("fsq", finite, fsq, peer=partial(peer_quantizer, finite, "fsq", {"levels": LEVELS}), levels=LEVELS),
+        # The peer's has no entropy term: the same work is that of the second.
+        _case("fsq", finite, partial(tessera, finite, fsq), peer=peer_fsq, levels=LEVELS),
+        _case("fsq-paper", finite, partial(tessera, finite, fsq | {"entropy_weight": 0}), peer=peer_fsq, levels=LEVELS),
         *(_case(name, binary, partial(tessera, binary, {"name": name}), peer=peer) for name, peer in peers.items()),
     ]
 

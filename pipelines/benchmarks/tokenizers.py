@@ -10,6 +10,7 @@ from configs.schema import TokenizerTrainingConfig
 from pipelines.benchmarks.harness import OURS, Case, Section
 from pipelines.benchmarks.tokenizer_contestants import diffusers_model, published
 from pipelines.benchmarks.training_speed import tokenizer_step
+from pipelines.devices import default_device, resolve_mixed_precision
 
 VQVAE = ["model.name=vqvae", "model.residual_channels=32", "quantizer.name=ema", "quantizer.vocab_size=512"]
 VQGAN = [
@@ -27,8 +28,9 @@ DISCRIMINATOR = ["objective.adversarial_weight=0.8", "objective.adversarial_star
 
 def _case(name: str, batch_size: int, overrides: list[str], *, peer: bool = True, **setting: Any) -> Case:
     config = load_config(TokenizerTrainingConfig, None, [*overrides, f"batch_size={batch_size}"])
+    precision = resolve_mixed_precision(config.mixed_precision, default_device())
     size: dict[str, Any] = {"batch_size": batch_size, "image_size": config.data.image_size}
-    size |= {"model": config.model, "quantizer": config.quantizer, "mixed_precision": config.mixed_precision}
+    size |= {"model": config.model, "quantizer": config.quantizer, "mixed_precision": precision}
     contestants = {
         OURS: partial(tokenizer_step, config),
         "reference": partial(published, config),

@@ -14,6 +14,7 @@ from tokenizer.quantizers.entropy import joint_entropy
 from tokenizer.quantizers.projection import NUM_START_VECTORS
 
 Weight = Annotated[float, Range(0, 100)]
+Temperature = Annotated[float, Range(1e-3, 1e3)]
 
 
 def bit_entropies(logits: Tensor, group_bits: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def bit_entropies(logits: Tensor, group_bits: int) -> tuple[Tensor, Tensor]:
     per_bit = F.softplus(logits) - logits * ones
     num_groups = -(-logits.shape[1] // group_bits)
     groups = [
-        joint_entropy([torch.stack([1 - one, one], 1) for one in group.unbind(1)])
+        joint_entropy([torch.stack([1 - one, one]) for one in group.unbind(1)])
         for group in ones.tensor_split(num_groups, dim=1)
     ]
     return per_bit.sum(1).mean(), torch.stack(groups).sum()
@@ -47,6 +48,8 @@ class BitQuantizer(Quantizer):
             -|z - code|^2 / entropy_temperature: sure choices, and even use of all codes.
         entropy_temperature: of that softmax.
         diversity_weight: gamma, weight of the even use.
+        entropy_group_bits: bits whose joint use is measured exactly; groups are taken as independent, which bounds the
+            entropy of the whole from above. 1 measures each bit for itself.
     """
 
     bit_values: Tensor
@@ -59,8 +62,9 @@ class BitQuantizer(Quantizer):
         num_bits: Annotated[int, Range(1, 24)] = 10,
         commitment_weight: Weight = 0.01,
         entropy_weight: Weight = 0.01,
-        entropy_temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0,
+        entropy_temperature: Temperature = 1.0,
         diversity_weight: Weight = 1.0,
+        entropy_group_bits: Annotated[int, Range(1, 16)] = 14,
     ) -> None:
         super().__init__(dim, 2**num_bits, num_bits)
         self.num_bits = num_bits
@@ -68,6 +72,7 @@ class BitQuantizer(Quantizer):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.diversity_weight = diversity_weight
+        self.entropy_group_bits = entropy_group_bits
         self.level_scale = 0.5
         self.signs_only = True
         self.num_start_vectors = NUM_START_VECTORS if self.code_dim != dim else 0
@@ -81,13 +86,13 @@ class BitQuantizer(Quantizer):
         """Signs `(..., n)`, -1 or 1 float32, of codes `(...)`."""
         return ((codes.unsqueeze(-1) & self.bit_values) > 0).float() * 2 - 1
 
-    def bit_losses(self, vectors: Tensor, chosen: Tensor, magnitude: float, group_bits: int) -> dict[str, Tensor]:
+    def bit_losses(self, vectors: Tensor, chosen: Tensor, magnitude: float) -> dict[str, Tensor]:
         """Commitment and entropy terms of vectors `(N, n)` with codes at `chosen`, each channel +-magnitude."""
         losses = {"commitment": self.commitment_weight * F.mse_loss(vectors, chosen.detach())}
         if self.entropy_weight and self.training:
             # |z + m|^2 - |z - m|^2 = 4 m z: the log odds of a bit.
             logits = vectors * (4 * magnitude / self.entropy_temperature)
-            sample, batch = bit_entropies(logits, group_bits)
+            sample, batch = bit_entropies(logits, self.entropy_group_bits)
             losses["entropy"] = self.entropy_weight * (sample - self.diversity_weight * batch)
         return losses
 

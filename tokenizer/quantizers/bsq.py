@@ -10,22 +10,31 @@ from torch import Tensor
 
 from configs.validation import checked
 from tokenizer.quantizers.base import QuantizerOutput
-from tokenizer.quantizers.bits import BitQuantizer
+from tokenizer.quantizers.bits import BitQuantizer, Temperature
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient
 
 
 class BSQ(BitQuantizer):
     """Latents on the unit sphere move to the corner of the cube inside it: signs over sqrt(n) (section 4.1).
 
-    The entropy over the batch is that of each bit for itself, an upper bound of the joint entropy (equation 9).
+    The paper bounds the entropy over the batch by that of each bit for itself (equation 9), `entropy_group_bits=1`. Two
+    opposite corners reach that bound too, so that by default bits are measured together.
 
     Args:
+        entropy_temperature: of the softmax over codes; what is compared is at most 1 / num_bits a channel here.
         gradient: straight_through, or the rotation trick (Fifty et al. 2024).
     """
 
     @checked
-    def __init__(self, dim: int, *, gradient: Gradient = "straight_through", **options: Any) -> None:
-        super().__init__(dim, **options)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        entropy_temperature: Temperature = 0.1,
+        gradient: Gradient = "straight_through",
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, entropy_temperature=entropy_temperature, **options)
         self.gradient = gradient
         self.magnitude = 1 / math.sqrt(self.num_bits)
 
@@ -34,7 +43,7 @@ class BSQ(BitQuantizer):
         vectors = F.normalize(latents.movedim(1, -1), dim=-1)
         codes = self.pack(vectors)
         corners = self.unpack(codes) * self.magnitude
-        losses = self.bit_losses(vectors.flatten(0, -2), corners.flatten(0, -2), self.magnitude, group_bits=1)
+        losses = self.bit_losses(vectors.flatten(0, -2), corners.flatten(0, -2), self.magnitude)
         return QuantizerOutput(GRADIENTS[self.gradient](vectors, corners).movedim(-1, 1), codes, losses)
 
     def embed(self, codes: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from tokenizer.collectives import (
     sum_over_processes,
     take_rows,
 )
-from tokenizer.quantizers.base import Quantizer, QuantizerOutput, recomputing
+from tokenizer.quantizers.base import Quantizer, QuantizerOutput, float32_only, recomputing
 from tokenizer.quantizers.entropy import assignment_entropies
 from tokenizer.quantizers.gradients import GRADIENTS, Gradient, attraction
-from tokenizer.quantizers.kmeans import count, kmeans, start_vectors
+from tokenizer.quantizers.kmeans import count, distinct, kmeans, start_vectors
 from tokenizer.quantizers.search import nearest_codes
 
 _LEAST_MEAN_COUNT = 4
@@ -133,7 +133,8 @@ class CodebookQuantizer(Quantizer):
 
     def active_codebook(self) -> Tensor:
         """The vectors that can be chosen, `(K or fewer, code_dim)`."""
-        return self._normalised(self.codebook[: self.active_size])
+        # A slice of everything would cost a second gradient of its size.
+        return self._normalised(self.codebook[: self.active_size] if self.initial_vocab_size else self.codebook)
 
     @property
     def active_size(self) -> int:
@@ -212,15 +213,16 @@ class CodebookQuantizer(Quantizer):
     def update(self, step: int) -> None:
         if self._counts is None or self._vectors is None:
             return
-        counts = sum_over_processes(self._counts)
-        self.learn(counts, step)
-        self.recent_counts.add_(counts)
-        # The check reads numbers back from the device: once in revive_after steps, not in every one.
-        num_moved = 0
-        if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
-            num_moved = self._revive(self._revive_share, step)
-        if self.initial_vocab_size and self._target_size > self.active_size:
-            self._grow(step, num_moved)
+        with float32_only(self._vectors.device.type):
+            counts = sum_over_processes(self._counts)
+            self.learn(counts, step)
+            self.recent_counts.add_(counts)
+            # The check reads numbers back from the device: once in revive_after steps, not in every one.
+            num_moved = 0
+            if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
+                num_moved = self._revive(self._revive_share, step)
+            if self.initial_vocab_size and self._target_size > self.active_size:
+                self._grow(step, num_moved)
         self._vectors = self._counts = None
 
     def _revive(self, share: float, step: int) -> int:
@@ -230,13 +232,13 @@ class CodebookQuantizer(Quantizer):
         if mean < _LEAST_MEAN_COUNT:
             return 0
         little_used = (recent <= share * mean).nonzero().squeeze(1)
-        self.set_codes(little_used, self._random_latents(len(little_used), step))
+        self.set_codes(little_used, distinct(self._random_latents(len(little_used), step)))
         self.recent_counts.zero_()
         return len(little_used)
 
     def _grow(self, step: int, num_taken: int) -> None:
         new = torch.arange(self.active_size, self._target_size, device=self.codebook.device)
-        self.set_codes(new, self._random_latents(num_taken + len(new), step)[num_taken:])
+        self.set_codes(new, distinct(self._random_latents(num_taken + len(new), step))[num_taken:])
         self.recent_counts[new] = self.recent_counts[: self.active_size].mean()  # they have a window to be chosen in
         self.num_active.fill_(self._target_size)
 

@@ -26,21 +26,23 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def joint_entropy(channels: Sequence[Tensor]) -> Tensor:
-    """H(E[p]) in nats for p the product of independent channels' distributions, `(N, L_i)` each.
+    """H(E[p]) in nats for p the product of independent channels' distributions, `(L_i, N)` each.
 
     Exact, by one matrix product: the mean over vectors of all combinations of the first half of the channels with all
     of the second. It is over all vectors of all processes in this micro-batch.
     """
     middle = len(channels) // 2
     left, right = _combinations(channels[:middle], channels[0]), _combinations(channels[middle:], channels[0])
-    return entropy(mean_over_processes(left.t() @ right / len(left)).flatten())
+    return entropy(mean_over_processes(left @ right.t() / left.shape[1]).flatten())
 
 
 def _combinations(channels: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Probabilities `(N, product of L_i)` of all combinations; `(N, 1)` ones for no channel."""
-    joint = like.new_ones(len(like), 1)
-    for channel in channels:
-        joint = (joint.unsqueeze(2) * channel.unsqueeze(1)).flatten(1)
+    """Probabilities `(product of L_i, N)` of all combinations; `(1, N)` ones for no channel."""
+    if not channels:
+        return like.new_ones(1, like.shape[1])
+    joint = channels[0]
+    for channel in channels[1:]:
+        joint = (joint.unsqueeze(1) * channel).flatten(0, 1)
     return joint
 
 

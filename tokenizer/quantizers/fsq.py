@@ -103,10 +103,10 @@ class FSQ(Quantizer):
         """log K - H(E[p]) in nats of bounded vectors `(N, len(levels))`: how far the codes' use is from even."""
         groups: list[list[Tensor]] = [[]]
         for size, values in zip(self._sizes, bounded.unbind(1), strict=True):
-            if groups[-1] and math.prod(p.shape[1] for p in groups[-1]) * size > _GROUP_CODES:
+            if groups[-1] and math.prod(len(p) for p in groups[-1]) * size > _GROUP_CODES:
                 groups.append([])
             levels = torch.arange(size, device=bounded.device) - size // 2
-            groups[-1].append((-(values.unsqueeze(1) - levels).square()).softmax(1))
+            groups[-1].append((-(values - levels.unsqueeze(1)).square()).softmax(0))
         return math.log(self.vocab_size) - torch.stack([joint_entropy(group) for group in groups]).sum()
 
     def embed(self, codes: Tensor) -> Tensor:

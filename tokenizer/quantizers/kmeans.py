@@ -34,11 +34,23 @@ def kmeans(vectors: Tensor, num_clusters: int, num_iterations: int = 10) -> Tens
         counts, sums = count_and_sum(vectors, codes, num_clusters)
         replacement = vectors[integer(order, iteration, N)]
         centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), replacement)
-    if num_clusters > N:
-        noise = integer(order[:, None], torch.arange(vectors.shape[1], device=vectors.device), 1 << 20)
-        # Last, because empty clusters move to exact rows; in units of the rows' size, so that rounding keeps it.
-        centres += (noise * 2.0**-20 - 0.5) * 1e-3 * vectors.square().mean().sqrt().clamp(min=1e-6)
-    return centres
+    # Last, because empty clusters move to exact rows.
+    return apart(centres) if num_clusters > N else centres
+
+
+def apart(vectors: Tensor) -> Tensor:
+    """Vectors `(M, D)` with noise, so that none coincide; in units of their size, so that rounding keeps it."""
+    rows, columns = (torch.arange(size, device=vectors.device) for size in vectors.shape)
+    noise = integer(rows[:, None], columns, 1 << 20) * 2.0**-20 - 0.5
+    return vectors + noise * 1e-3 * vectors.square().mean().sqrt().clamp(min=1e-6)
+
+
+def distinct(vectors: Tensor) -> Tensor:
+    """Vectors `(M, D)` with noise on those that an earlier one equals: as codes they would never be chosen."""
+    order = torch.arange(len(vectors), device=vectors.device)
+    _, group = torch.unique(vectors, dim=0, return_inverse=True)
+    first = torch.full_like(order, len(vectors)).scatter_reduce_(0, group, order, "amin")
+    return torch.where((first[group] < order)[:, None], apart(vectors), vectors)
 
 
 @torch.no_grad()

@@ -10,11 +10,14 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 20
 """Scores held at once on a CPU: 4 MiB of float32, which stays in cache."""
+_MOST_ELEMENTS = 1 << 23
+"""Scores held at most, 32 MiB of float32: from 2^19 codes on, fewer than 16 rows, but always one."""
 
 
 def block_rows(vectors: Tensor, vocab_size: int) -> int:
     """How many rows of scores `(rows, K)` are held at once: more on a GPU, where small products waste time."""
-    return max(16, BLOCK_ELEMENTS * (8 if vectors.is_cuda else 1) // vocab_size)
+    least = max(1, min(16, _MOST_ELEMENTS // vocab_size))
+    return max(least, BLOCK_ELEMENTS * (8 if vectors.is_cuda else 1) // vocab_size)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -44,8 +47,9 @@ def _search(vectors: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     if len(vectors) == 1:  # a product of one row may round equal columns differently
         return _search(vectors.expand(2, -1), codebook, bias)[:1]
     # Two levels, because a minimum is ten times as fast as an argmin on a CPU: the smallest score of each group, then
-    # the argmin over groups, then the one inside the group. The last group is filled up with infinite scores.
-    group = min(512, 1 << math.ceil(math.log2(K) / 2))
+    # the argmin over groups, then the one inside the group. The last group is filled up with infinite scores. In
+    # multiples of 16, because at other widths several threads round equal columns differently.
+    group = min(512, max(16, 1 << math.ceil(math.log2(K) / 2)))
     padding = -K % group
     if padding:
         codebook, bias = F.pad(codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=math.inf)
