@@ -4,7 +4,8 @@ from pipelines.code_data import load_code_tensor, load_codes
 from pipelines.encoding import encode_dataset
 from pipelines.evaluation import evaluate
 from pipelines.generation import generate
-from pipelines.image_generation import GenerationOutput, ImageGenerationPipeline
+from pipelines.image_generation import ImageGenerationPipeline
+from pipelines.pipeline_base import GenerationOutput
 from pipelines.prior_training import train_prior
 from pipelines.tokenizer_training import train_tokenizer
 

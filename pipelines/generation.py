@@ -12,9 +12,9 @@ from configs.schema import GenerationConfig
 from configs.validation import from_mapping
 from pipelines.compilation import require_compiler
 from pipelines.devices import explain_out_of_memory, make_accelerator
-from pipelines.image_data import to_pil
 from pipelines.image_generation import ImageGenerationPipeline
 from pipelines.pictures import picture_grid
+from pipelines.preprocessing import to_pil
 from pipelines.run_folder import whole_folder
 
 

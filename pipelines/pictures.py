@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 
-from pipelines.image_data import to_uint8
+from pipelines.preprocessing import to_uint8
 
 
 def picture_grid(images: Tensor, columns: int) -> Image.Image:

@@ -20,10 +20,11 @@ from pipelines import metrics
 from pipelines.code_data import load_code_info
 from pipelines.encoding import encode_dataset
 from pipelines.features import classify, train_classifier
-from pipelines.image_data import ImageDataset, prepare_dataset, to_unit_range
+from pipelines.image_data import ImageDataset, prepare_dataset
 from pipelines.image_generation import ImageGenerationPipeline
 from pipelines.image_sources import load_source
 from pipelines.pictures import picture_grid, reconstruction_grid
+from pipelines.preprocessing import to_unit_range
 from pipelines.prior_training import train_prior
 from pipelines.run_folder import read_json, write_json
 from pipelines.tokenizer_training import train_tokenizer

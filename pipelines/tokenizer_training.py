@@ -15,14 +15,7 @@ from configs.schema import TokenizerTrainingConfig
 from pipelines.code_use import CodeUse
 from pipelines.compilation import compile_tokenizer, require_compiler
 from pipelines.evaluation import evaluate_tokenizer
-from pipelines.image_data import (
-    ImageBatch,
-    ImageDataset,
-    default_num_workers,
-    image_batches,
-    in_order,
-    prepare_dataset,
-)
+from pipelines.image_data import ImageBatch, ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import ImageSource, training_splits
 from pipelines.open_run import open_run
 from pipelines.pictures import reconstruction_grid

@@ -268,7 +268,8 @@ def test_activation_checkpointing_computes_the_norms_of_every_block_a_second_tim
 
 
 def test_activation_checkpointing_of_a_network_without_blocks_is_refused(train):
-    with pytest.raises(ValueError, match="activation_checkpointing is for vqgan; vqvae has no blocks to checkpoint"):
+    refusal = r"activation_checkpointing=true needs a tokenizer with blocks to checkpoint \(vqgan\); vqvae has none"
+    with pytest.raises(ValueError, match=refusal):
         train("model.name=vqvae", "activation_checkpointing=true")
 
 

@@ -274,7 +274,7 @@ def test_guidance_of_a_prior_without_label_dropout_is_refused(
 ):
     message = prior_refusal("sampling.guidance_scale=2", "model.label_dropout=0")
     assert message.startswith(
-        "the pictures cannot be drawn with sampling={'guidance_scale': 2}: guidance_scale=2 needs a"
+        "the pictures cannot be drawn with sampling={'guidance_scale': 2}: guidance_scale=2.0 needs a"
     )
     message = generation_refusal(f"prior={prior_without_label_dropout}", "labels=cat", "guidance_scale=2")
     assert "guidance_scale=2.0 needs a prior trained with label dropout" in message

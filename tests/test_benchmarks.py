@@ -140,7 +140,9 @@ def test_the_same_codes_as_the_reference_in_a_large_codebook(name):
     assert_same_codebook(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["residual-1024-8", "simvq-8192-64", "fsq-1000-4", "fsq-paper-1000-4", "lfq-1024-10", "bsq-1024-10"])
+@pytest.mark.parametrize(
+    "name", ["residual-1024-8", "simvq-8192-64", "fsq-1000-4", "fsq-paper-1000-4", "lfq-1024-10", "bsq-1024-10"]
+)
 def test_the_same_codes_as_the_peer_where_it_has_the_quantizer(name):
     (ours,), (theirs,) = outcomes(TINY[name], "tessera", 1), outcomes(TINY[name], PEER, 1)
     assert_same_work(ours, theirs)
@@ -189,7 +191,7 @@ def test_the_peer_is_not_tried_where_its_scores_do_not_fit():
     [
         (("quantisers",), "unknown section 'quantisers'; did you mean 'quantizers'"),
         (("quantizers", "ema-1024"), "unknown case 'ema-1024'; did you mean 'ema-1024-8'"),
-        (("quantizers", None, "vqtorch"), f"unknown peer 'vqtorch'; choose one of diffusers, {PEER}"),
+        (("quantizers", None, "vqtorch"), f"unknown peer 'vqtorch'; choose one of diffusers, transformers, {PEER}"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(arguments, says):

@@ -26,7 +26,7 @@ from pipelines.code_data import (
     load_code_tensor,
     make_split,
 )
-from pipelines.image_data import to_pixels, to_unit_range
+from pipelines.preprocessing import to_pixels, to_unit_range
 from tokenizer import ImageTokenizer
 
 LAYOUTS = {

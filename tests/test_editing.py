@@ -14,7 +14,7 @@ from pipeline_cases import TOKENIZERS, make_pipeline, picture
 from torch import Tensor
 
 from configs.layout import CodeGrid, CodeLayout
-from pipelines.editing import codes_of_pixels, random_positions
+from pipelines.image_editing import codes_of_pixels, random_positions
 
 SQUARE = CodeLayout.single((4, 4), 16)
 DEEP = CodeLayout.single((4, 4), 16, depth=3)

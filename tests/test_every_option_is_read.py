@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+import configs.sampling
 import configs.schema
 from configs.loading import options_of
 from configs.pretrained import StrictConfig
+from configs.sampling import SamplingOptions
 from configs.schema import ImagePreprocessing
 from configs.validation import Schema, field_hints
-from prior import PRIOR_CONFIGS
+from prior import PRIOR_CONFIGS, PRIORS
 from tokenizer import TOKENIZER_CONFIGS
 from tokenizer.quantizers import QUANTIZERS, Quantizer
 
@@ -37,6 +39,7 @@ BLOCKS = {hint for schema in SCHEMAS for hint in field_hints(schema).values() if
 BUILT = [s for s in SCHEMAS if s in BLOCKS or s is ImagePreprocessing or not s.__subclasses__()]
 """The schemas that are built themselves, rather than only through a subclass."""
 
+SAMPLING_OPTIONS = sorted({prior.sampling_options for prior in PRIORS.values()}, key=lambda options: options.__name__)
 MODEL_CONFIGS = {**TOKENIZER_CONFIGS, **PRIOR_CONFIGS}
 SOURCES = [
     path.read_text()
@@ -132,7 +135,8 @@ def reads(sources: list[str], types: Types) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def read() -> dict[str, set[str]]:
-    return reads([*SOURCES, inspect.getsource(configs.schema)], schema_types())
+    sources = [inspect.getsource(module) for module in (configs.schema, configs.sampling)]
+    return reads([*SOURCES, *sources], schema_types())
 
 
 def is_read(cls: type, field: str, found: dict[str, set[str]]) -> bool:
@@ -140,11 +144,27 @@ def is_read(cls: type, field: str, found: dict[str, set[str]]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "key", [f"{schema.__name__}.{field.name}" for schema in BUILT for field in dataclasses.fields(schema)]
+    "key",
+    [
+        f"{schema.__name__}.{field.name}"
+        for schema in BUILT
+        for field in dataclasses.fields(schema)
+        if not (issubclass(schema, SamplingOptions) and field.name in SamplingOptions.__dataclass_fields__)
+    ],
 )
 def test_every_field_of_every_schema_is_read(key, read):
     name, _, field = key.partition(".")
     assert is_read(vars(configs.schema)[name], field, read), f"nothing reads {key}: use it or remove it"
+
+
+@pytest.mark.parametrize(
+    "key", [f"{cls.__name__}.{field.name}" for cls in SAMPLING_OPTIONS for field in dataclasses.fields(cls)]
+)
+def test_every_option_of_sampling_is_read(key, read):
+    """Those of GenerationConfig are handed on to the prior's by name."""
+    name, _, field = key.partition(".")
+    (cls,) = (options for options in SAMPLING_OPTIONS if options.__name__ == name)
+    assert is_read(cls, field, read), f"nothing reads {key}: use it or remove it"
 
 
 @pytest.mark.parametrize(

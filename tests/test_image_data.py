@@ -15,18 +15,10 @@ from torch.testing import assert_close
 
 from configs.random_streams import uniform
 from configs.schema import DataConfig, ImagePreprocessing, SourceConfig
-from pipelines.image_data import (
-    ImageDataset,
-    image_batches,
-    in_order,
-    prepare_dataset,
-    to_pil,
-    to_pixels,
-    to_uint8,
-    to_unit_range,
-)
+from pipelines.image_data import ImageDataset, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import load_source
 from pipelines.index_stream import IndexStream
+from pipelines.preprocessing import to_pil, to_pixels, to_uint8, to_unit_range
 
 CPU = torch.device("cpu")
 

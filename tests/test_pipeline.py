@@ -16,7 +16,7 @@ from torch import Tensor
 import pipelines.image_generation
 from configs.layout import CodeLayout
 from pipelines import ImageGenerationPipeline
-from pipelines.image_data import to_pil
+from pipelines.preprocessing import to_pil
 from prior import Prior, build_prior
 from tokenizer import ImageTokenizer
 
@@ -181,10 +181,10 @@ def test_pictures_equal_the_tensor(pipeline: ImageGenerationPipeline) -> None:
 
 def test_options_out_of_range_or_unknown_are_refused(pipeline: ImageGenerationPipeline) -> None:
     for options, message in (
-        ({"num_images": 0}, "num_images and batch_size should be at least 1"),
-        ({"batch_size": 0}, "num_images and batch_size should be at least 1"),
+        ({"num_images": 0}, "num_images, batch_size and best_of should be at least 1"),
+        ({"batch_size": 0}, "num_images, batch_size and best_of should be at least 1"),
         ({"output_type": "numpy"}, "output_type should be pil or tensor, got 'numpy'"),
-        ({"top_k": 0}, "top_k should be at least 1"),
+        ({"top_k": 0}, "top_k should be integer at least 1"),
         ({"guidance_scale": 2.0}, "needs labels"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -274,7 +274,7 @@ def test_pushing_to_the_hub_uploads_what_saving_writes(
             uploaded.update(files(Path(folder_path)))
             return SimpleNamespace(commit_url="https://hub/someone/pictures/commit/1")
 
-    monkeypatch.setattr(pipelines.image_generation, "HfApi", Hub)
+    monkeypatch.setattr(pipelines.pipeline_base, "HfApi", Hub)
     assert pipeline.push_to_hub("pictures", private=True, token="secret") == "https://hub/someone/pictures/commit/1"
     assert uploaded == files(tmp_path / "saved")
     assert json.loads(uploaded["pipeline.json"]) == {"pipeline": "ImageGenerationPipeline", "format": 1}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Laplace, SigmoidTransform, TransformedDistribution
 
-from pipelines.image_data import to_uint8, to_unit_range
+from pipelines.preprocessing import to_uint8, to_unit_range
 from tokenizer import TOKENIZERS, ImageTokenizer, build_tokenizer
 from tokenizer.pixels import OUTPUTS_PER_CHANNEL, images_of, negative_log_likelihood
 

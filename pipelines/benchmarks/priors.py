@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipelines.benchmarks import prior_contestants as contestants
+from pipelines.benchmarks import prior_training_contestants as trainers
 from pipelines.benchmarks.harness import OURS, Case, Run, Section
 from pipelines.benchmarks.prior_contestants import NUM_HEADS, NUM_LAYERS, VOCAB_SIZE, WIDTH, Work
 
@@ -55,8 +56,8 @@ def cases(num_images: int) -> list[Case]:
     for suffix, dtype in PRECISIONS.items():
         for side in (8, 16):
             work = Work("gpt", side, num_images * 2, dtype)
-            trainers = (contestants.train, contestants.train_plainly, contestants.train_llama)
-            found.append(_case(f"train-{side**2}{suffix}", work, *trainers, unit="tokens"))
+            makers = (trainers.train, trainers.train_plainly, trainers.train_llama)
+            found.append(_case(f"train-{side**2}{suffix}", work, *makers, unit="tokens"))
     return found
 
 
