@@ -32,17 +32,17 @@ def _case(
 
 def cases(num_images: int) -> list[Case]:
     """All cases, at batches of one image or of `num_images`."""
-    found = []
+    found, numbers = [], {"one": 1, "many": num_images}
     for suffix, dtype in PRECISIONS.items():
-        for batch_size in (1, num_images):
+        for number, batch_size in numbers.items():
             for guided in (False, True):
-                name = f"gpt-{'one' if batch_size == 1 else 'many'}{'-guided' if guided else ''}{suffix}"
+                name = f"gpt-{number}{'-guided' if guided else ''}{suffix}"
                 work = Work("gpt", 16, batch_size, dtype, guided)
                 peer = None if guided else contestants.sample_llama
                 found.append(_case(name, work, contestants.sample, contestants.sample_plainly, peer))
-    for batch_size in (1, num_images):
+    for number, batch_size in numbers.items():
         for guided in (False, True):
-            name = f"gpt-{'one' if batch_size == 1 else 'many'}{'-guided' if guided else ''}-compiled"
+            name = f"gpt-{number}{'-guided' if guided else ''}-compiled"
             work = Work("gpt", 16, batch_size, torch.bfloat16, guided, compiled=True)
             found.append(_case(name, work, contestants.sample, contestants.sample_plainly))
     for suffix, dtype in PRECISIONS.items():
