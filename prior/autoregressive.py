@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -88,6 +88,10 @@ class AutoregressivePrior(Prior):
         n = options.num_candidates
         if n == 1:
             return self._draw_rows(request, options)[0]
+        weighed = request.known_mask.any(1)
+        if not weighed.any():
+            # All fills are equally good: the first stays, as it does beside images that have known codes.
+            return self._draw_rows(replace(request, seeds=mix(request.seeds, 0)), options)[0]
         B, device = len(request.seeds), request.seeds.device
         each = torch.arange(B, device=device).repeat_interleave(n)
         codes, log_likelihood = self._draw_rows(
@@ -101,7 +105,7 @@ class AutoregressivePrior(Prior):
             ),
             options,
         )
-        chosen = draw(log_likelihood.view(B, n), uniform(mix(request.seeds, n), 0))
+        chosen = draw(log_likelihood.view(B, n), uniform(mix(request.seeds, n), 0)).where(weighed, 0)
         return codes.view(B, n, -1)[torch.arange(B, device=device), chosen]
 
     def _draw_rows(self, request: SamplingRequest, options: AutoregressiveOptions) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -156,8 +157,12 @@ class Prior(StrictLoading, PreTrainedModel):
         )
         was_training = self.training
         self.eval()
+        # Compiled steps are made for one shape: torch gives up at 8 of them unless told that more are meant.
+        compiler: Any = torch.compiler.config
+        shapes = compiler.patch(recompile_limit=256) if self.compiled_sampling else nullcontext()
         try:
-            codes = self.draw_codes(request, checked)
+            with shapes:
+                codes = self.draw_codes(request, checked)
         finally:
             self.train(was_training)
         return codes.view(batch_size, *self.code_layout.shape)

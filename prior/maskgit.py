@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -67,6 +68,7 @@ class MaskGIT(TransformerPrior):
         super().__init__(config, special_codes=1)
         self.expected_count = expected_masked_count(config.mask_schedule, config.code_layout.num_codes)
         self._order: dict[torch.device, Tensor] = {}
+        self._compiled_logits: Callable[..., Tensor] | None = None
         self.post_init()
 
     def logits(self, codes: Tensor, masked: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -161,15 +163,18 @@ class MaskGIT(TransformerPrior):
         places = torch.arange(L, device=device)
         guided_steps = options.guided_steps(options.steps)
         no_labels = torch.full_like(request.labels, self.config.num_classes)
+        if request.compiled and self._compiled_logits is None:
+            self._compiled_logits = torch.compile(self._logits, dynamic=False, fullgraph=True)
+        network = self._compiled_logits if request.compiled and self._compiled_logits else self._logits
         for step, left in enumerate(counts):
             if not masked.any():
                 break
             if step < guided_steps:
                 both = [torch.cat(pair) for pair in ((codes, codes), (masked, masked), (request.labels, no_labels))]
-                conditional, unconditional = self._logits(*both).float().chunk(2)
+                conditional, unconditional = network(*both).float().chunk(2)
                 logits = guide(conditional, unconditional, options.guidance_at(step, options.steps))
             else:
-                logits = self._logits(codes, masked, request.labels)
+                logits = network(codes, masked, request.labels)
             logits = self.hide_foreign_codes(logits, slice(None))
             filtered = filter_logits(
                 logits,

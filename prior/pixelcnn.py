@@ -5,7 +5,7 @@ With attention after some of the layers it is the PixelSNAIL of Chen et al. 2018
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,12 @@ class PixelCNN(AutoregressivePrior):
             head_dim = self.config.width // self.config.num_heads
             self._rotary[self.device] = rotary_table(code_positions(self.code_layout), head_dim).to(self.device)
         return self._rotary[self.device]
+
+    def compile_sampling(self, compiled: bool = True) -> Self:
+        """Raise a ValueError: what a single code takes here are two small products a layer, written for it."""
+        if compiled:
+            raise ValueError("pixelcnn has no steps to compile in sampling; leave compile out")
+        return super().compile_sampling(compiled)
 
     def code_by_code(self, labels: Tensor, condition: Tensor | None, compiled: bool) -> CodeByCode:
         from prior.pixelcnn_sampling import CachedRows  # which imports this file

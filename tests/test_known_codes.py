@@ -266,6 +266,21 @@ def test_candidates_of_an_image_do_not_depend_on_the_batch(name):
 
 
 @pytest.mark.parametrize("name", CODE_BY_CODE)
+def test_candidates_cost_nothing_without_known_codes_and_the_image_stays_the_same_beside_others(name, monkeypatch):
+    prior, seeds = tiny_prior(name, IMAGE), torch.arange(5)
+    known, mask = random_codes(IMAGE, 5), random_mask(IMAGE, 5)
+    mask[1::2] = False
+    whole = prior.sample(5, seeds=seeds, known=known, known_mask=mask, num_candidates=4)
+    rows: list[int] = []
+    draw_rows = type(prior)._draw_rows
+    monkeypatch.setattr(
+        type(prior), "_draw_rows", lambda *arguments: rows.append(len(arguments[1].seeds)) or draw_rows(*arguments)
+    )
+    assert torch.equal(prior.sample(2, seeds=seeds[1::2], num_candidates=4), whole[1::2])
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("name", CODE_BY_CODE)
 def test_the_candidate_that_is_kept_makes_the_known_code_likely(name):
     prior, n = tiny_prior(name, IMAGE), 200
     known, mask = torch.zeros(n, 4, 4, dtype=torch.int64), ~beginnings(IMAGE, 8).expand(n, 4, 4)
