@@ -18,6 +18,7 @@ from prior.autoregressive import AutoregressivePrior
 from prior.maskgit import MaskGIT
 
 WIDTH, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, NUM_CLASSES = 384, 6, 6, 1024, 10
+PIXELCNN_WIDTH, PIXELCNN_LAYERS = 128, 12
 SCALE = 2.0
 
 
@@ -43,7 +44,7 @@ class Work:
         """Ours, as a run of this size would build it."""
         sizes: dict[str, Any] = {"width": WIDTH, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "dropout": 0.0}
         if self.model == "pixelcnn":
-            sizes = {"width": 128, "num_layers": 12, "dropout": 0.0}
+            sizes = {"width": PIXELCNN_WIDTH, "num_layers": PIXELCNN_LAYERS, "dropout": 0.0}
         layout = CodeLayout.single((self.side, self.side), VOCAB_SIZE)
         prior = build_prior({"name": self.model, **sizes}, layout, num_classes=NUM_CLASSES)
         model: Any = prior
@@ -196,19 +197,24 @@ def fill_in_plainly(work: Work) -> Run:
     """MaskGIT's loop on our network as commonly written: logits of all codes at each step, confidence, a cosine."""
     prior = work.prior().to(work.dtype).eval()
     assert isinstance(prior, MaskGIT)
-    L, none = work.num_codes, torch.full((work.batch_size,), NUM_CLASSES)
+    L, none = work.num_codes, torch.full((work.batch_size,), NUM_CLASSES, device=prior.device)
+
+    def logits_of(rows: Tensor, labels: Tensor) -> Tensor:
+        x = prior.code_embedding(rows) + prior.position_embedding.weight + prior.class_embedding(labels)[:, None]
+        return prior.head(prior.transformer(x, prior.tables()[1]))
+
+    network = torch.compile(logits_of, dynamic=False, fullgraph=True) if work.compiled else logits_of
 
     @torch.no_grad()
     def run() -> Tensor:
-        codes = torch.zeros(work.batch_size, L, dtype=torch.int64)
+        codes = torch.zeros(work.batch_size, L, dtype=torch.int64, device=prior.device)
         masked = torch.ones_like(codes, dtype=torch.bool)
         for step in range(work.steps):
             rows = codes.masked_fill(masked, VOCAB_SIZE)
             labels = work.labels()
             if work.guided:
                 rows, labels = torch.cat([rows, rows]), torch.cat([labels, none])
-            x = prior.code_embedding(rows) + prior.position_embedding.weight + prior.class_embedding(labels)[:, None]
-            logits = prior.head(prior.transformer(x, prior.tables()[1])).float()
+            logits = network(rows, labels).float()
             if work.guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + SCALE * (conditional - unconditional)
@@ -223,6 +229,8 @@ def fill_in_plainly(work: Work) -> Run:
             codes, masked = torch.where(revealed, drawn, codes), masked & ~revealed
         return codes
 
+    if work.compiled:
+        run()
     return run
 
 

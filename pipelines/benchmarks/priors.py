@@ -11,7 +11,15 @@ import torch
 from pipelines.benchmarks import prior_contestants as contestants
 from pipelines.benchmarks import prior_training_contestants as trainers
 from pipelines.benchmarks.harness import OURS, Case, Run, Section
-from pipelines.benchmarks.prior_contestants import NUM_HEADS, NUM_LAYERS, VOCAB_SIZE, WIDTH, Work
+from pipelines.benchmarks.prior_contestants import (
+    NUM_HEADS,
+    NUM_LAYERS,
+    PIXELCNN_LAYERS,
+    PIXELCNN_WIDTH,
+    VOCAB_SIZE,
+    WIDTH,
+    Work,
+)
 
 PRECISIONS = {"": torch.float32, "-bf16": torch.bfloat16}
 Maker = Callable[[Work], Run]
@@ -21,7 +29,9 @@ def _case(
     name: str, work: Work, ours: Maker, reference: Maker, peer: Maker | None = None, unit: str = "images"
 ) -> Case:
     network: dict[str, Any] = {"model": work.model, "codes": [work.side, work.side], "vocab_size": VOCAB_SIZE}
-    if work.model != "pixelcnn":
+    if work.model == "pixelcnn":
+        network |= {"width": PIXELCNN_WIDTH, "num_layers": PIXELCNN_LAYERS}
+    else:
         network |= {"width": WIDTH, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS}
     setting = network | {"batch_size": work.batch_size, "dtype": str(work.dtype).removeprefix("torch.")}
     setting |= {"guided": work.guided, "compiled": work.compiled}
@@ -50,6 +60,10 @@ def cases(num_images: int) -> list[Case]:
             work = Work("maskgit", 16, num_images, dtype, guided)
             name = f"maskgit{'-guided' if guided else ''}{suffix}"
             found.append(_case(name, work, contestants.sample, contestants.fill_in_plainly))
+    for guided in (False, True):
+        work = Work("maskgit", 16, num_images, torch.bfloat16, guided, compiled=True)
+        name = f"maskgit{'-guided' if guided else ''}-compiled"
+        found.append(_case(name, work, contestants.sample, contestants.fill_in_plainly))
     for side in (8, 32):
         work = Work("pixelcnn", side, num_images)
         found.append(_case(f"pixelcnn-{side}x{side}", work, contestants.sample, contestants.recompute))

@@ -27,7 +27,7 @@ from tokenizer.quantizers.search import nearest_codes
 _LEAST_MEAN_COUNT = 4
 """Vectors a code, on average, before disuse means anything: by chance, 2 % of codes are then not chosen."""
 
-_REVIVE_UNTIL = 0.98
+_REVIVE_UNTIL = 0.995
 
 CodebookStart = Literal["kmeans", "normal", "uniform"]
 Weight = Annotated[float, Range(0, 100)]
@@ -54,7 +54,7 @@ class CodebookQuantizer(Quantizer):
         entropy_temperature: of that softmax, in units of the batch's mean squared distance to the chosen code.
         codebook_start: kmeans on the first batches' latents, normal, or uniform in [-1/K, 1/K].
         revive_after: steps after which little-used codes move onto random latents, and counting starts anew; more where
-            these steps hold fewer than 4 vectors a code. None move in the last fiftieth of training; 0 is never.
+            these steps hold fewer than 4 vectors a code. None move in the last 200th of training; 0 is never.
         revive_below: what is little: this share of the mean use, or less, at the end of training. The share rises to it
             from 0, which is codes that were not chosen at all.
         initial_vocab_size: codes at the start of a codebook that grows, a random latent for each new code; 0 starts
