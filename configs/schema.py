@@ -284,6 +284,11 @@ class EvaluationConfig(Schema):
     """Split of the images and codes."""
     batch_size: Count = 128
     """Images per forward pass."""
+    num_samples: CountOrZero = 0
+    """Images to draw from the prior, in one batch: its speed, and the share of codes that differ from those drawn one
+    by one in eager float32."""
+    compile: bool = False
+    """Compile the steps of that sampling. Needs a compiler."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     """Autocast type."""
     output_file: str | None = None
@@ -292,3 +297,7 @@ class EvaluationConfig(Schema):
     def validate(self) -> None:
         if self.tokenizer is None and self.prior is None:
             raise ValueError("give tokenizer=DIR, prior=DIR or both")
+        if self.num_samples and self.prior is None:
+            raise ValueError(f"num_samples={self.num_samples} are drawn from a prior; give prior=DIR")
+        if self.compile and not self.num_samples:
+            raise ValueError("compile=true compiles the drawing of num_samples= images; give their number")

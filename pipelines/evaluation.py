@@ -19,6 +19,7 @@ from pipelines.code_use import CodeUse
 from pipelines.devices import describe_hardware, explain_out_of_memory, make_accelerator
 from pipelines.image_data import ImageDataset, default_num_workers, image_batches, in_order, prepare_dataset
 from pipelines.image_sources import load_source
+from pipelines.sampling_figures import measure_sampling
 from prior import Prior
 from tokenizer import ImageTokenizer
 
@@ -173,6 +174,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
                 image_shape=info.image_shape,
             )
             figures |= found | {"num_coded_images": len(codes)}
+            if config.num_samples:
+                _, condition = prior.split_condition(codes[: config.num_samples].to(device).long())
+                figures |= measure_sampling(prior, config.num_samples, accelerator, condition, compiled=config.compile)
     figures |= {"hardware": describe_hardware(device), "mixed_precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
         for name, value in figures.items():
