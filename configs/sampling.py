@@ -19,7 +19,7 @@ class SamplingOptions(Schema):
     """Keep the k likeliest codes."""
     top_p: Annotated[float, Range(1e-6, 1)] | None = None
     """Keep the fewest likeliest codes that together have this probability."""
-    guidance_scale: NonNegative = 1.0
+    guidance_scale: Annotated[float, Range(0, 1000)] = 1.0
     """Classifier-free guidance; 1 is off, and costs nothing."""
     guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine"] = "constant"
     """How guidance goes from 1 at the first step to its scale at the last; constant has its scale from the start."""

@@ -134,10 +134,8 @@ class RunConfig(Schema):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, got both: steps={self.steps} epochs={self.epochs}")
         if self.batch_size % self.accumulation_steps:
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide into accumulation_steps={self.accumulation_steps} equal "
-                "parts; choose a multiple"
-            )
+            parts = f"accumulation_steps={self.accumulation_steps} equal parts"
+            raise ValueError(f"batch_size={self.batch_size} does not divide into {parts}; choose a multiple")
         if len(self.betas) != 2 or max(self.betas) >= 1:
             raise ValueError(f"betas should be two numbers in [0, 1), got {self.betas}")
 
@@ -253,6 +251,8 @@ class GenerationConfig(SamplingOptions):
     """Image i depends on (seed, i) only."""
     batch_size: Count = 64
     """Images sampled at once."""
+    grid: list[Count] | None = None
+    """Rows and columns of codes, for images larger than the prior was trained on."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Options that this prior alone has: maskgit's steps, order, schedule and choice_temperature."""
     compile: bool = False
@@ -262,10 +262,9 @@ class GenerationConfig(SamplingOptions):
 
     def validate(self) -> None:
         super().validate()
-        if self.pipeline is not None and (self.tokenizer or self.prior):
-            raise ValueError("give pipeline=DIR, or tokenizer=DIR and prior=DIR, not both")
-        if self.pipeline is None and not (self.tokenizer and self.prior):
-            raise ValueError("give pipeline=DIR, or tokenizer=DIR and prior=DIR")
+        given = [name for name in ("pipeline", "tokenizer", "prior") if getattr(self, name)]
+        if given not in (["pipeline"], ["tokenizer", "prior"]):
+            raise ValueError(f"give pipeline=DIR, or tokenizer=DIR and prior=DIR, got {' and '.join(given) or 'none'}")
 
 
 @dataclass
@@ -285,8 +284,7 @@ class EvaluationConfig(Schema):
     batch_size: Count = 128
     """Images per forward pass."""
     num_samples: CountOrZero = 0
-    """Images to draw from the prior, in one batch: its speed, and the share of codes that differ from those drawn one
-    by one in eager float32."""
+    """Images to draw from the prior at once: its speed, and the codes that differ from those of eager float32."""
     compile: bool = False
     """Compile the steps of that sampling. Needs a compiler."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
@@ -297,7 +295,5 @@ class EvaluationConfig(Schema):
     def validate(self) -> None:
         if self.tokenizer is None and self.prior is None:
             raise ValueError("give tokenizer=DIR, prior=DIR or both")
-        if self.num_samples and self.prior is None:
-            raise ValueError(f"num_samples={self.num_samples} are drawn from a prior; give prior=DIR")
-        if self.compile and not self.num_samples:
-            raise ValueError("compile=true compiles the drawing of num_samples= images; give their number")
+        if (self.num_samples and self.prior is None) or (self.compile and not self.num_samples):
+            raise ValueError("compile=true is for the images of num_samples=, which prior= draws: give both of these")

@@ -39,6 +39,8 @@ def generate(config: GenerationConfig) -> Path:
     pipeline.to(accelerator.device)
     options = type(pipeline.prior).sampling_options
     common = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingOptions)}
+    if twice := sorted(common.keys() & config.sampling.keys()):
+        raise ValueError(f"sampling.{twice[0]}= is {twice[0]}= here, one of the options that all priors have")
     sampling = from_mapping(options, common | config.sampling, prefix="sampling.").to_dict()
     if config.compile:
         require_compiler(accelerator.device)
@@ -57,6 +59,7 @@ def generate(config: GenerationConfig) -> Path:
             batch_size=config.batch_size,
             seed=config.seed,
             output_type="tensor",
+            grid=config.grid,
             **sampling,
         )
     assert isinstance(result.images, torch.Tensor)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.layout import CodeLayout
 from configs.random_streams import mix, uniform
-from pipelines.pipeline_base import GenerationOutput, Labels, PipelineBase, as_list
+from pipelines.pipeline_base import GenerationOutput, Labels, PipelineBase, as_list, check_counts
 from pipelines.preprocessing import to_mask
 
 _WHERE = 1
@@ -56,6 +56,7 @@ class ImageEditing(PipelineBase):
         Raises:
             ValueError: where masks do not fit the images, or the codes stand for no patches.
         """
+        check_counts(batch_size=batch_size)
         pictures, covers = ([ImageOps.exif_transpose(p) for p in as_list(given)] for given in (images, masks))
         if [p.size for p in pictures] != [c.size for c in covers]:
             raise ValueError(
@@ -102,6 +103,9 @@ class ImageEditing(PipelineBase):
         Raises:
             ValueError: for a strength outside of [0, 1].
         """
+        check_counts(num_images=num_images, batch_size=batch_size)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"expected one picture (PIL.Image.Image), got {type(image).__name__}")
         numbers = self.label_numbers(labels, num_images)
         original = self.preprocess(image)
 
@@ -150,7 +154,7 @@ def codes_of_pixels(mask: Tensor, layout: CodeLayout, margin: int = 0) -> Tensor
             f"an edit needs codes that stand for patches of the image, but they are laid out as [{layout}]: a code of "
             "a grid that is not two-dimensional concerns the whole image"
         )
-    if margin < 0:
+    if not isinstance(margin, int) or margin < 0:
         raise ValueError(f"margin should be 0 codes or more, got {margin}")
     finest = max((grid.shape for grid in layout.grids), key=math.prod)
     # Pooling windows overlap where pixels do not divide evenly: every code that touches a masked pixel is in.

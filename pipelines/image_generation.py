@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.random_streams import mix
 from pipelines.image_editing import ImageEditing
 from pipelines.larger_grids import check_grid, sample_larger
-from pipelines.pipeline_base import GenerationOutput, Labels
+from pipelines.pipeline_base import GenerationOutput, Labels, check_counts
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -42,6 +42,8 @@ class ImageGenerationPipeline(ImageEditing):
         grid: Sequence[int] | None = None,
         best_of: int = 1,
         classifier: Classifier | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         **sampling: Any,
     ) -> GenerationOutput:
         """Sample new images.
@@ -55,17 +57,17 @@ class ImageGenerationPipeline(ImageEditing):
             grid: rows and columns of codes, where images are to be larger than the prior was trained on.
             best_of: draw so many of each image, and keep the one that `classifier` finds likeliest to be of its class
                 (rejection sampling, Razavi et al. 2019).
-            classifier: takes images `(B, C, H, W)` in [-1, 1] and returns logits `(B, num_classes)`.
+            classifier: takes images `(B, C, H, W)` in [-1, 1] on the pipeline's device and returns logits
+                `(B, num_classes)`.
+            known: codes `(num_images, *code_layout.shape)` int64 to keep.
+            known_mask: where they are to be kept, bool of the same shape.
             **sampling: options of the prior's `sample`: temperature, top_k, top_p, guidance_scale and so on.
 
         Raises:
             ValueError: for unknown classes and options out of range.
             TypeError: for options that the prior does not have.
         """
-        if num_images < 1 or batch_size < 1 or best_of < 1:
-            raise ValueError(
-                f"num_images, batch_size and best_of should be at least 1, got {num_images}, {batch_size} and {best_of}"
-            )
+        check_counts(num_images=num_images, batch_size=batch_size, best_of=best_of)
         numbers = self.label_numbers(labels, num_images)
         if (best_of > 1) != (classifier is not None) or (best_of > 1 and numbers is None):
             raise ValueError(
@@ -73,11 +75,17 @@ class ImageGenerationPipeline(ImageEditing):
                 "labels together"
             )
         larger = None if grid is None else check_grid(self.prior, grid)
+        given = {name: part for name, part in (("known", known), ("known_mask", known_mask)) if part is not None}
+        for name, part in given.items():
+            if part.shape != (num_images, *self.prior.code_layout.shape) or larger is not None:
+                expected = (num_images, *self.prior.code_layout.shape)
+                raise ValueError(f"{name} has shape {expected}, without grid=, got {tuple(part.shape)} and grid={grid}")
 
         def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
             classes = None if numbers is None else numbers[index].to(self.device)
             if larger is None:
-                codes = self.prior.sample(len(index), classes, seeds=seeds, **sampling)
+                here = {name: part[index.to(part.device)] for name, part in given.items()}
+                codes = self.prior.sample(len(index), classes, seeds=seeds, **here, **sampling)
             else:
                 codes = sample_larger(self.prior, larger, len(index), classes, seeds=seeds, **sampling)
             decode = self.tokenizer.decode if larger is None else self.tokenizer.decode_larger
@@ -88,14 +96,22 @@ class ImageGenerationPipeline(ImageEditing):
             if classifier is None:
                 return codes, images
             assert numbers is not None
-            wanted = numbers[index][:, None]
-            best = classifier(images).softmax(-1).cpu().gather(1, wanted)
+            best = self._probability(classifier, images, numbers[index])
             for candidate in range(1, best_of):
                 others = draw(index, mix(seeds, candidate))
-                score = classifier(others[1]).softmax(-1).cpu().gather(1, wanted)
-                better = (score > best)[:, 0]
+                score = self._probability(classifier, others[1], numbers[index])
+                better = score > best
                 codes[better], images[better] = others[0][better], others[1][better]
                 best = torch.maximum(best, score)
             return codes, images
 
         return self.in_batches(num_images, numbers, batch_size, seed, output_type, draw_best)
+
+    def _probability(self, classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
+        """What a classifier thinks of images `(B, C, H, W)` being of their class, `(B,)`."""
+        logits = classifier(images.to(self.device))
+        expected = (len(images), self.prior.config.num_classes)
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the classifier should return logits, a tensor {expected}, got {came}")
+        return logits.float().softmax(-1).cpu().gather(1, classes[:, None])[:, 0]

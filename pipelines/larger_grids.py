@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from configs.layout import CodeGrid
 from configs.random_streams import mix
 from prior import Prior
+
+_WINDOWS = -1
+"""The stream of an image's random numbers that all windows but the first have theirs from."""
 
 
 def check_grid(prior: Prior, grid: Sequence[int]) -> CodeGrid:
@@ -21,12 +25,13 @@ def check_grid(prior: Prior, grid: Sequence[int]) -> CodeGrid:
     """
     layout = prior.code_layout
     trained = layout.grids[0]
+    sizes = list(grid) if isinstance(grid, Sequence) else [grid]
     if len(layout.grids) != 1 or len(trained.shape) != 2:
-        raise ValueError(f"grid={list(grid)} needs one 2-D grid of codes to slide over, but the prior has [{layout}]")
-    smaller = any(type(size) is not int or size < was for size, was in zip(grid, trained.shape, strict=False))
-    if len(grid) != 2 or smaller:
-        raise ValueError(f"grid should be [rows, columns], at least {list(trained.shape)}, got {list(grid)}")
-    return CodeGrid(tuple(grid), trained.vocab_size, trained.depth)
+        raise ValueError(f"grid={sizes} needs one 2-D grid of codes to slide over, but the prior has [{layout}]")
+    integers = all(isinstance(size, Integral) for size in sizes)
+    if len(sizes) != 2 or not integers or any(size < was for size, was in zip(sizes, trained.shape, strict=True)):
+        raise ValueError(f"grid should be [rows, columns], at least {list(trained.shape)}, got {grid}")
+    return CodeGrid((int(sizes[0]), int(sizes[1])), trained.vocab_size, trained.depth)
 
 
 def sample_larger(
@@ -52,7 +57,7 @@ def sample_larger(
     for number, (top, left) in enumerate((top, left) for top in corners[0] for left in corners[1]):
         here = (slice(None), slice(top, top + window.shape[0]), slice(left, left + window.shape[1]))
         # The first window is what the prior draws by itself.
-        own = mix(seeds, number) if number else seeds
+        own = mix(mix(seeds, _WINDOWS), number) if number else seeds
         codes[here] = prior.sample(batch_size, labels, seeds=own, known=codes[here], known_mask=filled[here], **options)
         filled[here] = True
     return codes

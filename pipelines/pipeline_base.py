@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Self
 
@@ -89,7 +90,7 @@ class PipelineBase:
             ValueError: for a class that the prior does not have.
         """
         names, count = self.class_names or [], self.prior.config.num_classes
-        if isinstance(label, bool) or not isinstance(label, int | str):
+        if isinstance(label, bool) or not isinstance(label, Integral | str):
             raise ValueError(f"a class is given by number or name, got {label!r}")
         if count == 0:
             raise ValueError(f"this prior was trained without classes, but label {label!r} was given")
@@ -136,6 +137,8 @@ class PipelineBase:
         """What `draw` makes of the indices `(B,)` and seeds `(B,)` of images, a batch at a time."""
         if output_type not in ("pil", "tensor"):
             raise ValueError(f"output_type should be pil or tensor, got {output_type!r}")
+        if seed is not None and (not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63):
+            raise ValueError(f"seed should be an integer of 64 bits, got {seed!r}")
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
         codes, images = [], []
         with tqdm(total=num_images, desc="sampling", unit="img", disable=None if self.progress_bar else True) as bar:
@@ -232,10 +235,21 @@ class PipelineBase:
 
 def as_list(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
     """One picture or several as a list, of at least one."""
-    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    pictures = []
+    for picture in images if isinstance(images, list | tuple) else [images]:
+        if not isinstance(picture, Image.Image):
+            raise ValueError(f"expected a picture (PIL.Image.Image) or a list of them, got {type(picture).__name__}")
+        pictures.append(picture)
     if not pictures:
         raise ValueError("expected at least one image, got none")
     return pictures
+
+
+def check_counts(**counts: int) -> None:
+    """Raise a ValueError for a number of things, given by name, that is none or none at all."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} should be an integer of at least 1, got {count!r}")
 
 
 def image_seeds(seed: int, index: Tensor) -> Tensor:

@@ -74,15 +74,27 @@ def to_mask(picture: Image.Image, preprocessing: ImagePreprocessing) -> Tensor:
     """What a mask marks, `(H, W)` bool, where `to_pixels` puts it with its crop at the centre.
 
     A pixel is marked where any pixel of the mask that it covers is neither black nor wholly transparent.
+
+    Raises:
+        ValueError: where the crop leaves nothing of what is marked.
     """
     picture = ImageOps.exif_transpose(picture)
     if _has_transparency(picture):
+        picture = picture.convert("RGBA")
         picture = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size), _opacity(picture))
     elif len(picture.getbands()) > 1 or picture.mode == "P":
         picture = picture.convert("RGB")
     values = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1)
     covering, crop = _geometry(picture, preprocessing, (0.5, 0.5))
-    return F.adaptive_max_pool2d((values != 0).any(-1)[None].float(), covering)[0, *crop].bool()
+    marked = (values != 0).any(-1)
+    kept = F.adaptive_max_pool2d(marked[None].float(), covering)[0, *crop].bool()
+    if marked.any() and not kept.any():
+        height, width = preprocessing.size
+        raise ValueError(
+            f"all that the mask marks is cut off where a picture of {picture.width}x{picture.height} is cropped to the "
+            f"proportions of {width}x{height}; crop picture and mask around it first"
+        )
+    return kept
 
 
 def _opacity(picture: Image.Image) -> Image.Image:

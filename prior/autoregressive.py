@@ -75,22 +75,22 @@ class AutoregressivePrior(Prior):
     ) -> PriorOutput:
         labels = self.hide_labels(labels, len(codes), seeds)
         logits = self.logits(self.seen(codes, seeds), labels, condition=condition)
-        loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten().long())
         return PriorOutput(loss, {"bits_per_code": loss.detach() / math.log(2)})
 
     def log_prob(self, codes: Tensor, labels: Tensor | None = None, *, condition: Tensor | None = None) -> Tensor:
         """Log probability of each image in nats, `(B,)` float32."""
         logits = self.logits(codes, labels, condition=condition)
-        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten().long(), reduction="none")
         return -losses.view(len(codes), -1).sum(1)
 
     def draw_codes(self, request: SamplingRequest, options: AutoregressiveOptions) -> Tensor:
         n = options.num_candidates
         if n == 1:
             return self._draw_rows(request, options)[0]
-        weighed = request.known_mask.any(1)
+        # Known codes after unknown ones tell fills apart; elsewhere the first stays, beside whatever other images.
+        weighed = (request.known_mask & (~request.known_mask).cumsum(1).bool()).any(1)
         if not weighed.any():
-            # All fills are equally good: the first stays, as it does beside images that have known codes.
             return self._draw_rows(replace(request, seeds=mix(request.seeds, 0)), options)[0]
         B, device = len(request.seeds), request.seeds.device
         each = torch.arange(B, device=device).repeat_interleave(n)
@@ -113,7 +113,10 @@ class AutoregressivePrior(Prior):
         rows, L = request.known.shape
         known_by_all, known_by_any = request.known_mask.all(0).tolist(), request.known_mask.any(0).tolist()
         # The beginning that all images know is read at once; it is the same for all candidates of an image.
-        beginning = known_by_all.index(False) if False in known_by_all else L
+        unknown = [j for j, known in enumerate(known_by_all) if not known]
+        beginning = unknown[0] if unknown else L
+        # What follows the last unknown code matters to the choice among candidates alone.
+        end = unknown[-1] + 1 if unknown and options.num_candidates == 1 else L
         guided_steps = options.guided_steps(L)
         both = guided_steps > beginning
         labels, condition = request.labels, request.condition
@@ -126,7 +129,7 @@ class AutoregressivePrior(Prior):
         codes = request.known.clone()
         log_likelihood = torch.zeros(rows, device=codes.device)
         given = codes[:, :beginning]
-        for j in range(beginning, L):
+        for j in range(beginning, end):
             if both and j == guided_steps:
                 both = False
                 following.keep(rows)

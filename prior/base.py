@@ -16,6 +16,7 @@ from configs.pretrained import StrictConfig, StrictLoading
 from configs.random_streams import uniform
 from configs.sampling import SamplingOptions
 from configs.validation import Share
+from prior.checks import check_seeds, require_integers
 
 
 class PriorConfig(StrictConfig):
@@ -144,8 +145,7 @@ class Prior(StrictLoading, PreTrainedModel):
         """
         checked = self.sampling_options(**options)
         self.check_sampling(labels is not None, checked)
-        if seeds is not None and seeds.shape != (batch_size,):
-            raise ValueError(f"expected one seed an image, ({batch_size},), got {tuple(seeds.shape)}")
+        check_seeds(seeds, batch_size)
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (batch_size,), device=self.device)
         request = SamplingRequest(
@@ -182,8 +182,7 @@ class Prior(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: for a class that the prior does not have, and where there is not one seed an image.
         """
-        if seeds is not None and seeds.shape != (batch_size,):
-            raise ValueError(f"expected one seed an image, ({batch_size},), got {tuple(seeds.shape)}")
+        check_seeds(seeds, batch_size)
         if labels is None:
             return None
         labels = self.check_labels(labels, batch_size)
@@ -210,8 +209,9 @@ class Prior(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: where they have another shape, or a code is outside its own grid's [0, K).
         """
+        require_integers(codes, "codes")
         flat = []
-        for grid, part in zip(self.code_layout.grids, self.code_layout.split(codes), strict=True):
+        for grid, part in zip(self.code_layout.grids, self.code_layout.split(codes.long()), strict=True):
             part = part.flatten(1)
             # In training on an accelerator, reading a number back would make every step wait; loading has checked it.
             checked = part.numel() > 0 and not (self.training and part.is_cuda)
@@ -220,7 +220,7 @@ class Prior(StrictLoading, PreTrainedModel):
                     f"codes of [{grid}] are in [0, {grid.vocab_size}), got {int(part.min())} to {int(part.max())}"
                 )
             flat.append(part)
-        return torch.cat(flat, dim=1).long()
+        return torch.cat(flat, dim=1)
 
     def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """Labels `(B,)` int64, "no class" where there are none.
@@ -234,6 +234,7 @@ class Prior(StrictLoading, PreTrainedModel):
             raise ValueError("this prior was trained without classes, but labels were given")
         if labels.shape != (batch_size,):
             raise ValueError(f"expected labels ({batch_size},), got {tuple(labels.shape)}")
+        require_integers(labels, "labels")
         checked = batch_size > 0 and not (self.training and labels.is_cuda)
         if checked and not 0 <= int(labels.min()) <= int(labels.max()) <= self.config.num_classes:
             raise ValueError(
@@ -261,15 +262,14 @@ class Prior(StrictLoading, PreTrainedModel):
         if known is None or mask is None:
             raise ValueError("known codes come with a known_mask of the same shape: give both, or neither")
         expected = (batch_size, *self.code_layout.shape)
-        if known.is_floating_point() or known.is_complex() or known.dtype == torch.bool:
-            raise ValueError(f"known codes are integers, got {str(known.dtype).removeprefix('torch.')}")
+        require_integers(known, "known codes")
         if known.shape != expected or mask.shape != expected or mask.dtype != torch.bool:
             raise ValueError(
                 f"known and known_mask (bool) have shape {expected}, got {tuple(known.shape)} and {tuple(mask.shape)} "
                 f"({str(mask.dtype).removeprefix('torch.')})"
             )
         mask = mask.to(self.device)
-        return {"known": self.check_codes(known.to(self.device) * mask), "known_mask": mask.flatten(1)}
+        return {"known": self.check_codes(known.to(self.device).long() * mask), "known_mask": mask.flatten(1)}
 
     def check_sampling(self, labelled: bool, options: SamplingOptions) -> None:
         """Raise a ValueError for guidance that cannot be had."""

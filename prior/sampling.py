@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-20
+"""Dividing by less could overflow."""
+
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): unconditional + scale * (conditional - unconditional)."""
@@ -15,12 +18,12 @@ def filter_logits(logits: Tensor, *, temperature: float, top_k: int | None, top_
     """Logits `(..., K)` after temperature, top-k and top-p, in this order; what is left out becomes -inf.
 
     Args:
-        temperature: above 0 divides the logits; 0 keeps the likeliest code alone (the lowest of equals).
+        temperature: divides the logits; 0, or next to it, keeps the likeliest code alone (the lowest of equals).
         top_k: keep the k likeliest codes; equals of the k-th stay.
         top_p: keep the fewest likeliest codes whose probability reaches this.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < _COLDEST:
         best = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.argmax(-1, keepdim=True), True)
         return logits.masked_fill(~best, float("-inf"))
     logits = logits / temperature

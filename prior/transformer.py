@@ -55,6 +55,11 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in the type of its weights, which is not that of its input under autocast; no norm is none."""
+    return norm(x.type_as(norm.weight)).type_as(x) if isinstance(norm, nn.RMSNorm) else x
+
+
 class LayerCache:
     """Keys and values of one layer, `(B, num_heads, L, head_dim)`, allocated once for all L positions."""
 
@@ -118,7 +123,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         heads = self.qkv(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, heads, L, head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(self.query_norm(q), rotary), rotate(self.key_norm(k), rotary)
+        q, k = rotate(_normed(self.query_norm, q), rotary), rotate(_normed(self.key_norm, k), rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         if isinstance(cache, StaticCache):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from configs.layout import CodeGrid, CodeLayout
 from configs.loading import options_of
 from configs.random_streams import uniform
-from prior import PRIOR_CONFIGS, Prior, build_prior
+from prior import PRIOR_CONFIGS, PRIORS, Prior, build_prior
+from prior.autoregressive import AutoregressivePrior
 from prior.sampling import draw, filter_logits, guide
 
 TINY = {"width": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.0, "label_dropout": 0.1}
@@ -25,6 +27,22 @@ LINE = CodeLayout.single((6,), 7)
 DEEP = CodeLayout.single((2, 3), 5, depth=2)
 GRIDS = CodeLayout((CodeGrid((1, 2), 3), CodeGrid((2, 2), 5, 2)))
 LAYOUTS = [IMAGE, LINE, DEEP, GRIDS]
+
+OF_ONE_GRID = {"pixelcnn"}
+"""Priors that model one 2-D grid of depth 1; the others model every layout."""
+CODE_BY_CODE = [name for name, prior in PRIORS.items() if issubclass(prior, AutoregressivePrior)]
+"""Priors whose logits are those of each code given the earlier ones."""
+
+
+def can_model(name: str, layout: CodeLayout) -> bool:
+    one_grid = len(layout.grids) == 1 and len(layout.grids[0].shape) == 2 and layout.grids[0].depth == 1
+    return one_grid or name not in OF_ONE_GRID
+
+
+def each_prior_on(*layouts: CodeLayout, names: Iterable[str] = PRIORS):
+    """Run a test for each of the priors on those of the layouts that it can model."""
+    cases = [(name, layout) for name in names for layout in layouts if can_model(name, layout)]
+    return pytest.mark.parametrize(("name", "layout"), cases, ids=str)
 
 
 def fresh_prior(name: str, layout: CodeLayout, num_classes: int = 0, **options: Any) -> Prior:
@@ -76,9 +94,9 @@ def assert_shares(codes: Tensor, layout: CodeLayout, probabilities: Tensor) -> N
 
 @contextmanager
 def batch_sizes(prior: Prior) -> Iterator[list[int]]:
-    """The number of rows of every pass through a prior's transformer."""
+    """The number of rows of every pass through a prior, all of which end in its head."""
     seen: list[int] = []
-    handle = prior.transformer.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    handle = prior.head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     try:
         yield seen
     finally:

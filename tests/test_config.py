@@ -232,7 +232,7 @@ def test_a_key_without_a_default_is_asked_for():
         (PriorTrainingConfig, ["model.name="], "model needs a name"),
         (GenerationConfig, [], "give pipeline=DIR, or tokenizer=DIR and prior=DIR"),
         (GenerationConfig, ["tokenizer=a"], "give pipeline=DIR, or tokenizer=DIR and prior=DIR"),
-        (GenerationConfig, ["pipeline=a", "prior=b"], "not both"),
+        (GenerationConfig, ["pipeline=a", "prior=b"], "got pipeline and prior"),
         (EvaluationConfig, [], "give tokenizer=DIR, prior=DIR or both"),
     ],
 )

@@ -19,7 +19,9 @@ from pipelines.image_editing import codes_of_pixels, random_positions
 SQUARE = CodeLayout.single((4, 4), 16)
 DEEP = CodeLayout.single((4, 4), 16, depth=3)
 PYRAMID = CodeLayout((CodeGrid((1, 1), 4), CodeGrid((2, 2), 4, 2), CodeGrid((3, 3), 4), CodeGrid((6, 5), 8)))
-LAYOUTS = [SQUARE, DEEP, PYRAMID]
+UNEVEN = CodeLayout((CodeGrid((5, 1), 4), CodeGrid((3, 4), 4)))
+"""The finest grid is the one of most codes, not the longest."""
+LAYOUTS = [SQUARE, DEEP, PYRAMID, UNEVEN]
 
 
 def mask_of(width: int, height: int, *boxes: tuple[int, int, int, int]) -> Image.Image:
@@ -116,14 +118,22 @@ def test_random_positions_belong_to_an_image_and_are_equally_likely():
     assert (drawn <= random_positions(DEEP, 0.5, torch.arange(4000))).all()
 
 
+def test_random_positions_of_one_grid_say_nothing_about_those_of_another():
+    drawn = random_positions(CodeLayout((CodeGrid((4, 4), 8), CodeGrid((4, 4), 8))), 0.5, torch.arange(500))
+    first, second = drawn.split(16, dim=1)
+    assert abs((first & second).float().mean() - 0.25) < 0.02
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_strength_out_of_range_is_refused(share):
     with pytest.raises(ValueError, match=f"strength should be from 0 to 1, got {share}"):
         random_positions(SQUARE, share, torch.arange(2))
 
 
-@pytest.mark.parametrize("prior", ["gpt", "maskgit"])
-@pytest.mark.parametrize("quantizer", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("quantizer", "prior"),
+    [*itertools.product(TOKENIZERS, ["gpt", "maskgit"]), ("one grid", "pixelcnn")],
+)
 def test_an_edit_keeps_the_codes_of_all_other_patches(quantizer, prior):
     pipeline, images = make_pipeline(quantizer, prior), [picture(), picture(seed=1)]
     masks = [mask_of(16, 16, (5, 6, 9, 7)), mask_of(16, 16, (0, 0, 1, 1), (12, 8, 16, 16))]
@@ -161,10 +171,11 @@ def test_an_empty_mask_gives_the_image_back_and_a_full_one_a_new_image():
     assert new.images[0].tobytes() == fresh.images[0].tobytes()
 
 
-def test_an_edited_image_does_not_depend_on_the_batch_size():
-    pipeline, images = make_pipeline(prior="maskgit"), [picture(seed=seed) for seed in range(5)]
+@pytest.mark.parametrize("prior", ["gpt", "maskgit", "pixelcnn"])
+def test_an_edited_image_does_not_depend_on_the_batch_size(prior):
+    pipeline, images = make_pipeline(prior=prior), [picture(seed=seed) for seed in range(5)]
     masks = [mask_of(16, 16, (3 * i, 0, 3 * i + 2, 16)) for i in range(5)]
-    options = {"labels": [0, 1, 0, 1, 0], "seed": 0, "output_type": "tensor", "guidance_scale": 2.0}
+    options = {"labels": [0, 1, 1, 0, 1], "seed": 0, "output_type": "tensor", "guidance_scale": 2.0}
     whole = pipeline.edit(images, masks, **options)
     parts = pipeline.edit(images, masks, **options, batch_size=2)
     assert torch.equal(parts.codes, whole.codes)
@@ -202,6 +213,38 @@ def test_a_mask_of_any_mode_says_what_is_not_black(mode):
     output = pipeline.edit(picture(), mask.convert(mode), seed=0)
     expected = pipeline.edit(picture(), mask_of(16, 16, (4, 0, 8, 4)), seed=0)
     assert torch.equal(output.codes, expected.codes)
+
+
+def palette_mask() -> Image.Image:
+    """Code 0 is white, 1 red and 2 black."""
+    mask = Image.new("P", (16, 16))
+    mask.putpalette([255, 255, 255, 255, 0, 0, 0, 0, 0])
+    mask.paste(1, (4, 0, 8, 4))
+    return mask
+
+
+def test_a_palette_says_what_is_black():
+    pipeline, mask = make_pipeline(), palette_mask()
+    mask.paste(2, (8, 0, 16, 16))
+    output = pipeline.edit(picture(), mask, seed=0)
+    expected = pipeline.edit(picture(), mask_of(16, 16, (0, 0, 8, 16)), seed=0)
+    assert torch.equal(output.codes, expected.codes)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_a_mask_hides_is_kept_and_what_shines_through_ever_so_little_is_drawn_anew(mode):
+    pipeline = make_pipeline()
+    if mode == "P":
+        mask = palette_mask()
+        mask.info["transparency"] = 0
+    else:
+        mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+        mask.paste((255, 255, 255, 1), (4, 0, 8, 4))
+        mask = mask.convert(mode)
+    output = pipeline.edit(picture(), mask, seed=0)
+    expected = pipeline.edit(picture(), mask_of(16, 16, (4, 0, 8, 4)), seed=0)
+    assert torch.equal(output.codes, expected.codes)
+    assert output.images[0].tobytes() == expected.images[0].tobytes()
 
 
 def test_the_darkest_colour_that_is_not_black_is_drawn_anew():
@@ -243,6 +286,18 @@ def test_patches_without_a_masked_pixel_are_kept_in_an_image_of_another_size(siz
     assert not torch.equal(codes[..., :2], before[..., :2])
 
 
+@pytest.mark.parametrize(("width", "height"), [(48, 16), (16, 48)], ids=str)
+def test_a_mask_is_cropped_like_its_image(width, height):
+    pipeline, image, wide = make_pipeline(), picture(width, height), width > height
+    box, outside = ((16, 0, 20, 16), (0, 0, 16, 16)) if wide else ((0, 16, 16, 20), (0, 0, 16, 16))
+    codes = pipeline.edit(image, mask_of(width, height, box, outside), seed=0, temperature=3.0).codes
+    changed = (codes != pipeline.encode(image))[0]
+    # The middle third is the picture, and of it the first column (or row) of codes is masked.
+    first, others = (changed[:, 0], changed[:, 1:]) if wide else (changed[0], changed[1:])
+    assert first.any()
+    assert not others.any()
+
+
 @pytest.mark.parametrize("size", [64, 256, 1024], ids=str)
 def test_a_single_masked_pixel_of_a_large_image_counts(size):
     pipeline, image = make_pipeline(), picture(size, size)
@@ -250,3 +305,39 @@ def test_a_single_masked_pixel_of_a_large_image_counts(size):
     mask = mask_of(size, size, (middle, middle, middle + 1, middle + 1))
     drawn = torch.cat([pipeline.edit(image, mask, seed=seed, temperature=3.0).codes for seed in range(4)])
     assert len(drawn[:, 1, 1].unique()) > 1
+
+
+def test_a_mask_of_which_the_crop_leaves_nothing_is_refused():
+    pipeline, image = make_pipeline(), picture(40, 20)
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 0, 5, 20))
+    with pytest.raises(ValueError, match="all that the mask marks is cut off where a picture of 40x20 is cropped"):
+        pipeline.edit(image, mask)
+    mask.paste(255, (0, 0, 12, 20))
+    assert pipeline.edit(image, mask, seed=0).images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("given", ["photo.png", 3, np.zeros((16, 16, 3), dtype=np.uint8)], ids=repr)
+def test_what_is_no_picture_is_refused_by_its_type(given):
+    with pytest.raises(ValueError, match=f"expected a picture .* or a list of them, got {type(given).__name__}"):
+        make_pipeline().edit(given, picture())
+
+
+@pytest.mark.parametrize("prior", ["gpt", "maskgit", "pixelcnn"])
+def test_known_codes_of_a_call_are_kept_in_batches_of_any_size(prior):
+    pipeline = make_pipeline(prior=prior)
+    known = torch.randint(0, 16, (5, 4, 4))
+    given = {"known": known, "known_mask": torch.rand(known.shape) < 0.5}
+    whole = pipeline(5, labels=[0, 1, 1, 0, 1], seed=0, **given).codes
+    assert torch.equal(whole[given["known_mask"]], known[given["known_mask"]])
+    assert torch.equal(pipeline(5, labels=[0, 1, 1, 0, 1], seed=0, batch_size=2, **given).codes, whole)
+
+
+def test_known_codes_of_another_number_of_images_or_of_a_larger_grid_are_refused():
+    pipeline, known = make_pipeline(), torch.zeros(2, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"known has shape \(3, 4, 4\), without grid=, got \(2, 4, 4\)"):
+        pipeline(3, known=known, known_mask=known == 0)
+    with pytest.raises(ValueError, match=r"known has shape .* and grid=\[4, 8\]"):
+        pipeline(2, known=known, known_mask=known == 0, grid=[4, 8])
+    with pytest.raises(ValueError, match="known codes come with a known_mask"):
+        pipeline(2, known=known)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from PIL import Image
+from prior_cases import IMAGE, random_codes, tiny_prior
+from torch import Tensor
 
 from configs.loading import load_config, read_yaml
 from configs.schema import EvaluationConfig, GenerationConfig
 from pipelines import ImageGenerationPipeline, evaluate, generate
+from pipelines.evaluation import evaluate_prior
+from prior import Prior
+from prior.autoregressive import AutoregressiveOptions
 
 
 def run(output: Path, *overrides: str) -> Path:
@@ -45,14 +54,14 @@ def test_generating_writes_numbered_pictures_and_a_grid(
 
 
 def test_labels_each_gives_so_many_images_of_every_class(parts: list[str], tmp_path: Path) -> None:
-    each = pixels(run(tmp_path / "each", *parts, "num_images=2", "labels=each"))
-    listed = pixels(run(tmp_path / "listed", *parts, "num_images=4", "labels=[cat,cat,dog,dog]"))
+    each = pixels(run(tmp_path / "each", *parts, "num_images=3", "labels=each"))
+    listed = pixels(run(tmp_path / "listed", *parts, "num_images=6", "labels=[cat,cat,cat,dog,dog,dog]"))
     assert list(each) == list(listed)
-    for name in list(each)[:4]:
+    for name in list(each)[:6]:
         np.testing.assert_array_equal(each[name], listed[name])
     # A row for each class, of num_images pictures.
     height, width = each["grid.png"].shape[:2]
-    assert height == width
+    assert (height, width) == (2 * 64 + 3 * 2, 3 * 64 + 4 * 2)  # pictures of 16 pixels are enlarged
 
 
 def test_a_saved_pipeline_generates_what_its_parts_do(
@@ -65,6 +74,69 @@ def test_a_saved_pipeline_generates_what_its_parts_do(
     assert list(mine) == list(theirs)
     for name in mine:
         np.testing.assert_array_equal(mine[name], theirs[name])
+
+
+OPTIONS = {
+    "temperature": [1.5, 0.5],
+    "top_k": 9,
+    "top_p": 0.9,
+    "guidance_scale": 3.0,
+    "guidance_schedule": "power_cosine",
+    "guidance_power": 2.0,
+    "guidance_interval": [0.2, 0.9],
+    "num_candidates": 2,
+}
+"""All options of sampling a gpt, each with a value that is not its default."""
+
+
+def test_generating_takes_every_option_that_a_call_takes(
+    parts: list[str], tokenizer_run: Path, prior_run: Path, tmp_path: Path
+) -> None:
+    defaults = AutoregressiveOptions().to_dict()
+    assert OPTIONS.keys() == defaults.keys()
+    assert not [name for name, value in OPTIONS.items() if value == defaults[name]]
+    given = [f"{'sampling.' if name == 'num_candidates' else ''}{name}={value}" for name, value in OPTIONS.items()]
+    found = pixels(run(tmp_path / "samples", *parts, "num_images=3", "labels=dog", "seed=2", *given))
+    pipeline = ImageGenerationPipeline.from_parts(tokenizer_run, prior_run)
+    for name, picture in zip(found, pipeline(3, labels="dog", seed=2, **OPTIONS).images, strict=False):
+        np.testing.assert_array_equal(found[name], np.array(picture))
+
+
+def test_generating_refuses_the_options_of_another_prior(parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'sampling.steps'"):
+        run(tmp_path / "samples", *parts, "sampling.steps=3")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_generating_compiles_the_steps_of_sampling_where_asked(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    seen, sample = [], Prior.sample
+
+    def watched(prior: Prior, *arguments: Any, **options: Any) -> Any:
+        seen.append(prior.compiled_sampling)
+        return sample(prior, *arguments, **options)
+
+    monkeypatch.setattr(Prior, "sample", watched)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setenv("CXX", sys.executable)  # nothing is compiled, so any program will do
+    run(tmp_path / "samples", *parts, "num_images=3", "batch_size=2", f"compile={compiled}")
+    assert seen == [compiled] * 2
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", True), ("no", False)])
+def test_generating_samples_in_the_precision_asked_for(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, expected: bool
+) -> None:
+    seen, sample = [], Prior.sample
+
+    def watched(prior: Prior, *arguments: Any, **options: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return sample(prior, *arguments, **options)
+
+    monkeypatch.setattr(Prior, "sample", watched)
+    run(tmp_path / "samples", *parts, "num_images=1", f"mixed_precision={precision}")
+    assert seen == [expected]
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_an_empty_one_is_used(parts: list[str], tmp_path: Path) -> None:
@@ -116,6 +188,27 @@ def test_figures_do_not_depend_on_the_batch_size(
     one, five = (evaluate(load_config(EvaluationConfig, None, [*both, f"batch_size={size}"])) for size in (1, 5))
     for name in ("psnr_db", "codebook_perplexity", "bits_per_code"):
         assert one[name] == pytest.approx(five[name], rel=1e-5), name
+
+
+def test_figures_of_a_prior_are_what_they_are_defined_as() -> None:
+    prior, codes = tiny_prior("gpt", IMAGE), random_codes(IMAGE, 9).square() % 16
+    figures = evaluate_prior(prior, codes, None, Accelerator(cpu=True), batch_size=4, image_shape=(3, 8, 48))
+    with torch.no_grad():
+        bits = -prior.log_prob(codes).sum().item() / (9 * 16) / math.log(2)
+
+    def entropy_bits(codes: Tensor) -> float:
+        shares = [(codes == k).double().mean().item() for k in range(16)]
+        return -sum(p * math.log2(p) for p in shares if p)
+
+    expected = {
+        "loss": bits * math.log(2),
+        "bits_per_code": bits,
+        "bits_per_pixel": bits * 16 / (8 * 48),
+        "perplexity": 2**bits,
+        "first_order_bits_per_code": entropy_bits(codes),
+        "per_position_bits_per_code": sum(entropy_bits(place) for place in codes.flatten(1).T) / 16,
+    }
+    assert figures == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluating_a_prior_on_codes_of_another_tokenizer_is_refused(

@@ -1,7 +1,8 @@
-"""The options of large GPTs: grouped queries, norms of queries and keys, code corruption, activation checkpointing."""
+"""The transformer and options of large GPTs: positions, grouped queries, norms of queries and keys, compiled steps."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from prior_cases import DEEP, GRIDS, IMAGE, LAYOUTS, random_codes, tiny_prior, vocab_sizes
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from prior.transformer import Attention, Transformer, rotary_table, rotate
+from configs.layout import CodeGrid, CodeLayout
+from prior.gpt import CachedSteps
+from prior.transformer import Attention, Transformer, code_positions, rotary_table, rotate
 from tokenizer import ImageTokenizer
 
 OPTIONS: list[dict[str, Any]] = [
@@ -53,6 +57,67 @@ def reference(module: Attention, x: Tensor, table: Tensor, causal: bool) -> Tens
             scores = scores.masked_fill(torch.ones(L, L).triu(1).bool(), float("-inf"))
         outputs.append(scores.softmax(-1) @ v)
     return torch.cat(outputs, dim=-1).view(B, L, width) @ module.out.weight.T
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (CodeLayout.single((2, 3), 5), [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]),
+        (CodeLayout.single((3,), 5), [(0, 0), (0, 1), (0, 2)]),
+        (CodeLayout.single((2, 1, 2), 5), [(0, 0), (0, 1), (1, 0), (1, 1)]),
+        (CodeLayout.single((1, 2), 5, depth=2), [(0, 0), (0, 0), (0, 1), (0, 1)]),
+        (
+            CodeLayout((CodeGrid((1, 1), 5), CodeGrid((1, 2), 5, 2), CodeGrid((2, 4), 5))),
+            [(0.5, 1.5), *[(0.5, 0.5)] * 2, *[(0.5, 2.5)] * 2, *[(i, j) for i in range(2) for j in range(4)]],
+        ),
+    ],
+    ids=str,
+)
+def test_a_code_stands_at_its_cell_and_one_of_a_coarse_grid_at_the_centre_of_what_it_covers(layout, expected):
+    torch.testing.assert_close(code_positions(layout), torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+def test_rotary_angles_are_rows_then_columns_at_frequencies_from_one_down_to_one_over_the_base():
+    cos, sin = rotary_table(torch.tensor([[2.0, 3.0]]), 12)
+    angles = torch.tensor([[2, 2 * 0.1, 2 * 0.01, 3, 3 * 0.1, 3 * 0.01]])
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+
+
+def test_rotated_queries_and_keys_meet_as_the_offset_of_their_places_says():
+    q, k, here, there = torch.randn(8), torch.randn(8), torch.tensor([1.0, 4.0]), torch.tensor([3.0, 2.0])
+
+    def score(query_at: Tensor, key_at: Tensor) -> Tensor:
+        rotated = [rotate(x[None], rotary_table(place[None], 8))[0] for x, place in ((q, query_at), (k, key_at))]
+        return rotated[0] @ rotated[1]
+
+    expected = score(here, there)
+    for shift in (torch.tensor([5.0, 0.0]), torch.tensor([0.0, 7.0]), torch.tensor([-2.5, 1.5])):
+        torch.testing.assert_close(score(here + shift, there + shift), expected, rtol=1e-5, atol=1e-5)
+        assert abs(score(here + shift, there) - expected) > 0.01
+    torch.testing.assert_close(score(here, here), q @ k, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tables"), [(DEEP, [0, 1] * 6), (GRIDS, [0] * 2 + [1, 2] * 4), (IMAGE, [0] * 16)], ids=str
+)
+def test_each_grid_and_depth_reads_its_own_rows_of_the_embedding(layout, tables):
+    offsets, _ = tiny_prior("gpt", layout).tables()
+    assert offsets.tolist() == [table * layout.vocab_size for table in tables]
+
+
+@pytest.mark.parametrize("name", ["gpt", "maskgit"])
+@torch.no_grad()
+def test_dropout_is_of_the_embeddings_and_of_both_branches_of_every_block_in_training_only(name):
+    prior, codes = tiny_prior(name, IMAGE, dropout=0.5, num_layers=2), random_codes(IMAGE, 64)
+    shares: list[float] = []
+    for module in prior.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _, __, output: shares.append((output == 0).float().mean().item()))
+    for training, share in ((True, 0.5), (False, 0.0)):
+        shares.clear()
+        prior.train(training)(codes, seeds=torch.arange(64))
+        assert shares == pytest.approx([share] * 5, abs=0.02)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -118,6 +183,55 @@ def test_logits_code_by_code_equal_those_of_all_codes_at_once(layout, options, f
         logits = prior.hide_foreign_codes(following.next(given)[:, None], slice(j, j + 1))
         torch.testing.assert_close(logits, expected[:, j : j + 1], rtol=1e-4, atol=1e-4)
         given = flat[: len(expected), j : j + 1]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layout", [IMAGE, GRIDS, DEEP], ids=str)
+@torch.no_grad()
+def test_steps_of_fixed_shapes_equal_the_logits_of_all_codes_at_once(layout, options):
+    prior = tiny_prior("gpt", layout, num_classes=2, **(FOUR_HEADS | options))
+    codes, labels = random_codes(layout, 3), torch.tensor([0, 1, 2])
+    expected, flat = prior.logits(codes, labels), codes.flatten(1)
+    following = CachedSteps(prior, labels, prior._step)  # what `compile_sampling` compiles
+    for j in range(layout.num_codes):
+        logits = following.next(flat[:, max(j - 1, 0) : j])
+        logits = prior.hide_foreign_codes(logits[:, None], slice(j, j + 1))
+        torch.testing.assert_close(logits, expected[:, j : j + 1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_is_allocated_once_for_the_codes_of_the_layout_in_the_type_of_the_products():
+    prior, labels = tiny_prior("gpt", GRIDS, num_classes=2), torch.tensor([0, 1, 2, 2])
+    following = prior.code_by_code(labels, None, compiled=False)
+    tensors = [tensor for layer in following.cache for tensor in (layer.keys, layer.values)]
+    assert [tensor.shape for tensor in tensors] == [(4, 2, GRIDS.num_codes, 8)] * 4
+    for j in range(GRIDS.num_codes):
+        following.next(torch.zeros(len(following.places), min(j, 1), dtype=torch.int64))
+        if j == 5:
+            following.keep(2)
+    kept = [tensor for layer in following.cache for tensor in (layer.keys, layer.values)]
+    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in tensors]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        following = prior.code_by_code(labels, None, compiled=False)
+    assert following.cache[0].keys.dtype == following.cache[0].values.dtype == torch.bfloat16
+
+
+def test_a_step_is_compiled_once_for_each_number_of_rows(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    prior, labels = tiny_prior("gpt", GRIDS, num_classes=2, num_layers=1).double(), torch.tensor([0, 1, 0, 1])
+    known, half = random_codes(GRIDS, 4), {"guidance_scale": 2.0, "guidance_interval": [0.0, 0.6]}
+    cases = [{}, half, *({"known": known, "known_mask": torch.arange(10).expand(4, -1) < n} for n in (3, 7))]
+    expected = [prior.sample(4, labels, seeds=torch.arange(4), **options) for options in cases]
+    prior.compile_sampling()
+    counts = []
+    for _ in range(2):
+        for options, codes in zip(cases, expected, strict=True):
+            assert torch.equal(prior.sample(4, labels, seeds=torch.arange(4), **options), codes)
+            counts.append(counter.frame_count)
+    # Guidance adds steps of eight rows.
+    assert counts == [1, *[2] * 7]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from prior_cases import (
+    CODE_BY_CODE,
     DEEP,
     GRIDS,
     IMAGE,
@@ -12,6 +15,7 @@ from prior_cases import (
     ROW,
     assert_shares,
     batch_sizes,
+    each_prior_on,
     every_image,
     random_codes,
     sample_without_cache,
@@ -21,15 +25,17 @@ from prior_cases import (
 )
 from torch import Tensor
 
-from configs.layout import CodeLayout
-from prior import Prior
+from configs.layout import CodeGrid, CodeLayout
+from configs.random_streams import mix, uniform
+from prior import PRIORS, Prior
+from prior.sampling import draw
 
-NAMES = ["gpt", "maskgit"]
-"""Priors whose known codes are tested; all of them follow the same rules."""
-CODE_BY_CODE = ["gpt"]
-"""Those of them that know only earlier codes."""
+GIVEN = CodeLayout((CodeGrid((1, 2), 3), CodeGrid((2, 3), 5)))
+"""Of these, pixelcnn models the second grid given the first."""
+FALLING = CodeLayout((CodeGrid((1, 2), 9), CodeGrid((2, 3), 3)))
+"""The finer grid has fewer codes: most logits of its codes are of foreign ones."""
 
-each_prior = pytest.mark.parametrize("name", NAMES)
+each_prior = pytest.mark.parametrize("name", PRIORS)
 
 
 def random_mask(layout: CodeLayout, batch_size: int) -> Tensor:
@@ -44,8 +50,7 @@ def beginnings(layout: CodeLayout, *lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"temperature": 0.0}], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@each_prior
+@each_prior_on(*LAYOUTS)
 def test_every_known_code_is_kept(name, layout, options):
     prior, labels = tiny_prior(name, layout, num_classes=2), torch.tensor([0, 1] * 8)
     known, mask = random_codes(layout, 16), random_mask(layout, 16)
@@ -57,8 +62,7 @@ def test_every_known_code_is_kept(name, layout, options):
     assert ((codes.flatten(1) >= 0) & (codes.flatten(1) < sizes)).all()
 
 
-@pytest.mark.parametrize("layout", [IMAGE, GRIDS], ids=str)
-@each_prior
+@each_prior_on(IMAGE, GRIDS)
 def test_where_all_codes_are_known_they_come_back_and_nothing_is_computed(name, layout):
     prior, known = tiny_prior(name, layout, num_classes=2), random_codes(layout, 4)
     everything = torch.ones_like(known, dtype=torch.bool)
@@ -68,8 +72,7 @@ def test_where_all_codes_are_known_they_come_back_and_nothing_is_computed(name, 
     assert seen == []
 
 
-@pytest.mark.parametrize("layout", [IMAGE, GRIDS], ids=str)
-@each_prior
+@each_prior_on(IMAGE, GRIDS)
 def test_an_empty_mask_is_no_mask(name, layout):
     prior, seeds = tiny_prior(name, layout), torch.arange(8)
     known = random_codes(layout, 8)
@@ -77,12 +80,12 @@ def test_an_empty_mask_is_no_mask(name, layout):
     assert torch.equal(codes, prior.sample(8, seeds=seeds))
 
 
-@each_prior
-def test_what_stands_outside_of_the_mask_means_nothing(name):
-    prior, mask = tiny_prior(name, GRIDS), random_mask(GRIDS, 8)
-    known = random_codes(GRIDS, 8)
+@each_prior_on(IMAGE, GRIDS)
+def test_what_stands_outside_of_the_mask_means_nothing(name, layout):
+    prior, mask = tiny_prior(name, layout), random_mask(layout, 8)
+    known = random_codes(layout, 8)
     expected = prior.sample(8, seeds=torch.arange(8), known=known, known_mask=mask)
-    for nonsense in (random_codes(GRIDS, 8), torch.full_like(known, -1), torch.full_like(known, 99)):
+    for nonsense in (random_codes(layout, 8), torch.full_like(known, -1), torch.full_like(known, 99)):
         given = known.where(mask, nonsense)
         assert torch.equal(prior.sample(8, seeds=torch.arange(8), known=given, known_mask=mask), expected)
 
@@ -105,8 +108,7 @@ def test_maskgit_draws_a_code_given_the_known_ones_on_both_sides():
     assert_shares(codes[..., 1:2], CodeLayout.single((1, 1), 3), prior.logits(known, ~mask)[0, 1].softmax(-1))
 
 
-@pytest.mark.parametrize("layout", [IMAGE, GRIDS, DEEP], ids=str)
-@each_prior
+@each_prior_on(IMAGE, GRIDS, DEEP)
 def test_a_known_code_changes_later_draws(name, layout):
     prior, mask = tiny_prior(name, layout), beginnings(layout, 1).expand(64, *layout.shape)
     known = torch.zeros(64, *layout.shape, dtype=torch.int64)
@@ -118,8 +120,7 @@ def test_a_known_code_changes_later_draws(name, layout):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-@pytest.mark.parametrize("layout", [IMAGE, GRIDS], ids=str)
-@each_prior
+@each_prior_on(IMAGE, GRIDS)
 def test_an_image_with_known_codes_does_not_depend_on_its_batch(name, layout, guidance_scale):
     prior = tiny_prior(name, layout, num_classes=3)
     labels, seeds = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.arange(7) + 50
@@ -144,8 +145,7 @@ INTERVALS = [
 
 
 @pytest.mark.parametrize("options", INTERVALS, ids=str)
-@pytest.mark.parametrize("layout", [IMAGE, GRIDS, DEEP], ids=str)
-@pytest.mark.parametrize("name", CODE_BY_CODE)
+@each_prior_on(IMAGE, GRIDS, DEEP, names=CODE_BY_CODE)
 def test_reading_a_known_beginning_at_once_equals_recomputing_everything_at_each_code(name, layout, options):
     prior = tiny_prior(name, layout, num_classes=3).double()
     labels, seeds = torch.tensor([0, 1, 2, 0] * 4), torch.arange(16)
@@ -159,8 +159,9 @@ def test_reading_a_known_beginning_at_once_equals_recomputing_everything_at_each
         assert torch.equal(codes, sample_without_cache(prior, seeds, labels, known, mask, **options))
 
 
-def test_gpt_reads_a_known_beginning_in_one_pass():
-    prior, known = tiny_prior("gpt", IMAGE, num_classes=2), random_codes(IMAGE, 4)
+@pytest.mark.parametrize("name", CODE_BY_CODE)
+def test_a_known_beginning_is_read_in_one_pass(name):
+    prior, known = tiny_prior(name, IMAGE, num_classes=2), random_codes(IMAGE, 4)
     labels, given = torch.tensor([0, 1, 0, 1]), {"known": known, "known_mask": beginnings(IMAGE, 10, 10, 12, 16)}
     with batch_sizes(prior) as seen:
         prior.sample(4, labels, **given)
@@ -171,8 +172,34 @@ def test_gpt_reads_a_known_beginning_in_one_pass():
     assert seen == [4] * 6
 
 
-def test_after_the_interval_of_guidance_gpt_computes_the_conditional_half_alone():
-    prior, labels = tiny_prior("gpt", IMAGE, num_classes=2).double(), torch.tensor([0, 1, 0, 1])
+def test_gpt_computes_every_position_once():
+    prior, known = tiny_prior("gpt", IMAGE, num_classes=2), random_codes(IMAGE, 4)
+    positions: list[int] = []
+    handle = prior.transformer.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[1]))
+    for length in (0, 1, 10, 15):
+        positions.clear()
+        prior.sample(4, known=known, known_mask=beginnings(IMAGE, length).expand(4, 4, 4))
+        assert positions == [length + 1] + [1] * (15 - length)
+    handle.remove()
+
+
+def test_pixelcnn_computes_every_row_once_and_those_of_a_known_beginning_together():
+    prior, known = tiny_prior("pixelcnn", IMAGE, num_classes=2), random_codes(IMAGE, 4)
+    rows: list[int] = []
+    # The gates' biases come from a context of (B, rows, 1, width), or (B, 1, width) for one row.
+    handle = prior.layers[0].biases.register_forward_pre_hook(
+        lambda _, inputs: rows.append(inputs[0][:, ..., 0, 0].numel() // 4)
+    )
+    for length, expected in ((0, [1, 1, 1, 1]), (3, [1, 1, 1, 1]), (4, [1, 1, 1, 1]), (11, [2, 1, 1]), (15, [3, 1])):
+        rows.clear()
+        prior.sample(4, known=known, known_mask=beginnings(IMAGE, length).expand(4, 4, 4))
+        assert rows == expected
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", CODE_BY_CODE)
+def test_after_the_interval_of_guidance_the_conditional_half_is_computed_alone(name):
+    prior, labels = tiny_prior(name, IMAGE, num_classes=2).double(), torch.tensor([0, 1, 0, 1])
     options = {"guidance_scale": 4.0, "guidance_interval": [0.2, 0.6]}
     with batch_sizes(prior) as seen:
         codes = prior.sample(4, labels, seeds=torch.arange(4), **options)
@@ -212,16 +239,15 @@ def test_known_codes_and_masks_of_another_shape_or_type_are_refused(name, shape,
         tiny_prior(name, IMAGE).sample(2, known=known, known_mask=mask)
 
 
-@each_prior
-def test_a_known_code_out_of_its_grid_is_refused_under_the_mask_only(name):
-    prior, mask = tiny_prior(name, GRIDS), torch.zeros(1, GRIDS.num_codes, dtype=torch.bool)
-    known = torch.zeros(1, GRIDS.num_codes, dtype=torch.int64)
-    known[0, 1] = 3
-    mask[0, 0] = True
-    assert prior.sample(1, known=known, known_mask=mask)[0, 0] == 0
-    mask[0, 1] = True
-    with pytest.raises(ValueError, match=r"codes of \[1x2 of 3\] are in \[0, 3\), got 0 to 3"):
-        prior.sample(1, known=known, known_mask=mask)
+@each_prior_on(IMAGE, GRIDS)
+def test_a_known_code_out_of_its_grid_is_refused_under_the_mask_only(name, layout):
+    prior, grid = tiny_prior(name, layout), layout.grids[0]
+    known, mask = torch.zeros(1, *layout.shape, dtype=torch.int64), beginnings(layout, 1)
+    known.view(-1)[1] = grid.vocab_size
+    assert prior.sample(1, known=known, known_mask=mask).view(-1)[0] == 0
+    message = re.escape(f"codes of [{grid}] are in [0, {grid.vocab_size}), got 0 to {grid.vocab_size}")
+    with pytest.raises(ValueError, match=message):
+        prior.sample(1, known=known, known_mask=beginnings(layout, 2))
 
 
 @torch.no_grad()
@@ -231,8 +257,9 @@ def posterior(prior: Prior) -> tuple[Tensor, Tensor]:
     return joint.sum(1), joint[:, 1] / joint[:, 1].sum()
 
 
-@pytest.mark.parametrize("name", CODE_BY_CODE)
-def test_with_more_candidates_codes_before_a_known_one_approach_their_probability_given_it(name):
+@pytest.mark.parametrize(("name", "seed"), [("gpt", 0), ("pixelcnn", 28)])
+def test_with_more_candidates_codes_before_a_known_one_approach_their_probability_given_it(name, seed):
+    torch.manual_seed(seed)  # of weights under which the last code tells much about those before it
     prior, before = tiny_prior(name, ROW), CodeLayout.single((1, 2), 3)
     alone, exact = posterior(prior)
     assert (alone - exact).abs().sum() > 0.3
@@ -263,6 +290,50 @@ def test_candidates_of_an_image_do_not_depend_on_the_batch(name):
     assert torch.equal(whole[mask], known[mask])
     for size in (1, 3):
         assert torch.equal(torch.cat([draw(i) for i in torch.arange(7).split(size)]), whole)
+
+
+@torch.no_grad()
+def choice_among_candidates(prior: Prior, seeds: Tensor, labels: Tensor, known: Tensor, mask: Tensor, n: int) -> Tensor:
+    """The definition of `num_candidates`: n fills of each image, one drawn by the likelihood of its known codes."""
+    candidates, log_likelihoods = [], []
+    for number in range(n):
+        codes = sample_without_cache(prior, mix(seeds, number), labels, known, mask, guidance_scale=2.0)
+        log_p = prior.logits(codes, labels).log_softmax(-1).gather(-1, codes.flatten(1)[..., None])[..., 0]
+        candidates.append(codes)
+        log_likelihoods.append((log_p * mask.flatten(1)).sum(1))
+    chosen = draw(torch.stack(log_likelihoods, dim=1), uniform(mix(seeds, n), 0))
+    # Fills are told apart by known codes after unknown ones; without any the first is kept.
+    flat = mask.flatten(1)
+    later = (flat[:, None, :] & ~flat[:, :, None]).triu(1).any(-1).any(-1)
+    return torch.stack(candidates, dim=1)[torch.arange(len(seeds)), chosen.where(later, 0)]
+
+
+@each_prior_on(CodeLayout.single((2, 3), 5), FALLING, names=CODE_BY_CODE)
+def test_candidates_are_weighed_without_guidance_by_the_known_codes_alone(name, layout):
+    prior = tiny_prior(name, layout, num_classes=2).double()
+    labels, seeds = torch.tensor([0, 1] * 32), torch.arange(64)
+    known, mask = random_codes(layout, 64), random_mask(layout, 64)
+    given = {"known": known, "known_mask": mask, "guidance_scale": 2.0}
+    codes = prior.sample(64, labels, seeds=seeds, **given, num_candidates=3)
+    assert torch.equal(codes, choice_among_candidates(prior, seeds, labels, known, mask, 3))
+    assert not torch.equal(codes, prior.sample(64, labels, seeds=mix(seeds, 0), **given))
+
+
+@pytest.mark.parametrize("num_candidates", [1, 4])
+def test_a_pixelcnn_fills_in_each_image_given_its_own_condition(num_candidates):
+    prior = tiny_prior("pixelcnn", GIVEN, num_classes=3, grid=1)
+    codes, condition = prior.split_condition(random_codes(GIVEN, 7))
+    labels, seeds, mask = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.arange(7), random_mask(prior.code_layout, 7)
+
+    def draw_images(i: Tensor, conditions: Tensor) -> Tensor:
+        given = {"known": codes[i], "known_mask": mask[i], "condition": conditions[i], "guidance_scale": 1.5}
+        return prior.sample(len(i), labels[i], seeds=seeds[i], **given, num_candidates=num_candidates)
+
+    whole = draw_images(torch.arange(7), condition)
+    assert torch.equal(whole[mask], codes[mask])
+    assert not torch.equal(draw_images(torch.arange(7), condition.flip(0)), whole)
+    for size in (1, 3):
+        assert torch.equal(torch.cat([draw_images(i, condition) for i in torch.arange(7).split(size)]), whole)
 
 
 @pytest.mark.parametrize("name", CODE_BY_CODE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from prior_cases import (
     DEEP,
     GRIDS,
@@ -21,8 +22,9 @@ from prior_cases import (
     random_codes,
     tiny_prior,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from configs.layout import CodeLayout
 from prior.maskgit import MaskGIT
 from prior.sampling import guide
 from prior.unmasking import halton_order, masked_counts
@@ -65,6 +67,17 @@ def test_a_schedule_says_how_many_codes_are_still_masked(order, schedule):
     assert torch.equal(torch.stack(seen[1:]).sum(2), expected)
 
 
+@each_order
+def test_around_known_codes_the_schedule_is_that_of_the_unknown_ones(order):
+    prior, known = tiny_prior("maskgit", IMAGE), random_codes(IMAGE, 4)
+    mask = torch.arange(16).view(1, 4, 4) >= torch.tensor([16, 12, 7, 2]).view(4, 1, 1)  # so many are unknown
+    with masks(prior) as seen:
+        prior.sample(4, seeds=torch.arange(4), order=order, steps=5, schedule="linear", known=known, known_mask=mask)
+    expected = masked_counts("linear", 5, torch.tensor([16, 12, 7, 2]))[:-1]
+    assert torch.equal(torch.stack(seen[1:]).sum(2), expected)
+    assert torch.equal(seen[0].view_as(mask), ~mask)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_halton_reveals_codes_in_the_halton_order(layout):
     prior, L = tiny_prior("maskgit", layout), layout.num_codes
@@ -98,6 +111,22 @@ def test_one_code_after_the_other_in_halton_order_has_the_probabilities_of_that_
         masked[:, 0, j] = False
     torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0), rtol=0, atol=1e-5)
     assert_shares(prior.sample(n, seeds=torch.arange(n), order="halton", steps=3), ROW, log_p.exp())
+
+
+@torch.no_grad()
+def test_each_step_has_its_own_temperature():
+    prior, n = tiny_prior("maskgit", ROW), 4000
+    codes = prior.sample(n, seeds=torch.arange(n), order="halton", steps=3, temperature=[4, 2, 0])
+    first, second, third = halton_order(ROW).tolist()
+    masked = torch.ones_like(codes, dtype=torch.bool)
+    p = (prior.logits(codes[:1], masked[:1])[0, first] / 4).softmax(-1)
+    assert_shares(codes[..., first : first + 1], CodeLayout.single((1, 1), 3), p)
+    masked[..., first] = False
+    p = (prior.logits(codes, masked)[:, second] / 2).softmax(-1)  # (n, 3)
+    drawn = F.one_hot(codes[:, 0, second], 3)
+    assert ((drawn - p).sum(0).abs() < 5 * (p * (1 - p)).sum(0).sqrt()).all()
+    masked[..., second] = False
+    assert torch.equal(codes[:, 0, third], prior.logits(codes, masked)[:, third].argmax(-1))
 
 
 @torch.no_grad()
@@ -187,6 +216,25 @@ def test_a_high_choice_temperature_reveals_places_at_random():
         prior.sample(n, seeds=torch.arange(n), steps=6, choice_temperature=1e6)
     share = (~seen[1]).float().mean(0)
     assert ((share - 1 / 6).abs() < 5 * math.sqrt(1 / 6 * 5 / 6 / n)).all()
+
+
+@torch.no_grad()
+def test_what_is_drawn_depends_neither_on_the_noise_of_the_order_nor_on_earlier_steps():
+    prior, n = tiny_prior("maskgit", ROW), 3000
+    prior.head.weight *= 0.1  # nearly even probabilities
+    for block in prior.transformer.blocks:  # codes no longer depend on each other
+        nn.init.zeros_(block.attention.out.weight)
+        nn.init.zeros_(block.feed_forward.out.weight)
+    empty = torch.zeros(1, 1, 3, dtype=torch.int64)
+    probabilities = prior.logits(empty, torch.ones_like(empty, dtype=torch.bool))[0].softmax(-1)
+    # With noise alone any place comes first; without, an unlikely draw waits for the last step, and is drawn anew.
+    for choice_temperature, step in ((1e6, 0), (0.0, 2)):
+        with masks(prior) as seen:
+            codes = prior.sample(n, seeds=torch.arange(n), steps=3, choice_temperature=choice_temperature)
+        for j in range(3):
+            here = (~seen[1] if step == 0 else seen[2])[:, j]
+            assert here.sum() > 100
+            assert_shares(codes[here, :, j : j + 1], CodeLayout.single((1, 1), 3), probabilities[j])
 
 
 def test_a_choice_temperature_of_zero_reveals_the_surest_of_the_drawn_codes():

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_cases import make_pipeline
+from prior_cases import tiny_prior
 from torch import Tensor
 
 import pipelines.image_generation
@@ -181,8 +183,12 @@ def test_pictures_equal_the_tensor(pipeline: ImageGenerationPipeline) -> None:
 
 def test_options_out_of_range_or_unknown_are_refused(pipeline: ImageGenerationPipeline) -> None:
     for options, message in (
-        ({"num_images": 0}, "num_images, batch_size and best_of should be at least 1"),
-        ({"batch_size": 0}, "num_images, batch_size and best_of should be at least 1"),
+        ({"num_images": 0}, "num_images should be an integer of at least 1, got 0"),
+        ({"num_images": -1, "labels": 0}, "num_images should be an integer of at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size should be an integer of at least 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size should be an integer of at least 1, got 1.5"),
+        ({"seed": 1.5}, "seed should be an integer of 64 bits, got 1.5"),
+        ({"seed": 2**63}, "seed should be an integer of 64 bits, got 9223372036854775808"),
         ({"output_type": "numpy"}, "output_type should be pil or tensor, got 'numpy'"),
         ({"top_k": 0}, "top_k should be integer at least 1"),
         ({"guidance_scale": 2.0}, "needs labels"),
@@ -227,6 +233,16 @@ def test_another_layout_is_refused(tiny_tokenizer: ImageTokenizer) -> None:
     prior = prior_of(CodeLayout.single((8, 8), 16), tiny_tokenizer.fingerprint)
     with pytest.raises(ValueError, match=r"\[8x8 of 16\].*\[4x4 of 16\]"):
         ImageGenerationPipeline(tiny_tokenizer, prior)
+
+
+def test_a_prior_of_one_grid_of_several_is_refused() -> None:
+    tokenizer = make_pipeline("several grids").tokenizer
+    prior = tiny_prior("pixelcnn", tokenizer.code_layout, grid=2)
+    prior.config.fingerprint = tokenizer.fingerprint
+    with pytest.raises(
+        ValueError, match=r"the prior models \[4x4 of 16\] alone, of \[1x1 .*\]; a pipeline needs a prior"
+    ):
+        ImageGenerationPipeline(tokenizer, prior)
 
 
 def test_a_tokenizer_with_the_same_layout_and_another_fingerprint_is_refused(

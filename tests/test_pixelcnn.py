@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from configs.layout import CodeGrid, CodeLayout
 from configs.random_streams import uniform
 from prior import Prior, build_prior
-from prior.pixelcnn import PixelCNN, PixelCNNConfig
+from prior.pixelcnn import PixelCNN, PixelCNNConfig, gate
 from prior.sampling import draw, filter_logits, guide
 
 SHAPES = [(4, 5), (5, 4), (1, 6), (6, 1), (1, 1)]
@@ -75,6 +75,17 @@ def test_a_second_layer_adds_half_of_its_kernel():
     prior = tiny(CodeLayout.single((6, 9), 5), num_layers=2, first_kernel_size=3, kernel_size=5)
     above = {row * 9 + column for row in (1, 2, 3) for column in range(1, 8)}
     assert receptive_field(prior, 4 * 9 + 4) == above | {4 * 9 + 1, 4 * 9 + 2, 4 * 9 + 3}
+
+
+def test_a_gate_is_the_tanh_of_the_first_half_by_the_sigmoid_of_the_second():
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(gate(x), x[:, :4].tanh() * x[:, 4:].sigmoid(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [1, 3]), (5, [4]), (6, [])])
+def test_attention_stands_after_every_so_many_layers(every, expected):
+    prior = tiny(CodeLayout.single((2, 2), 5), num_layers=5, attention_every=every)
+    assert [index for index, layer in enumerate(prior.layers) if layer.attention is not None] == expected
 
 
 @torch.no_grad()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from prior_cases import (
+    CODE_BY_CODE,
     GRIDS,
     IMAGE,
     LINE,
     ROW,
     assert_shares,
+    each_prior_on,
     every_image,
     fresh_prior,
     labels_seen,
@@ -27,29 +29,12 @@ from prior_cases import (
 
 from configs.layout import CodeGrid, CodeLayout
 from prior import PRIORS, Prior, build_prior
-from prior.autoregressive import AutoregressivePrior
 
 TALL = CodeLayout.single((3, 2), 5)
 MIXED = CodeLayout((CodeGrid((1, 1), 2), CodeGrid((1, 2), 3)))
 PAIRS = CodeLayout.single((1, 2), 2, depth=2)
 LAYOUTS = [ROW, TALL, MIXED, PAIRS, GRIDS, LINE, CodeLayout.single((2, 2, 3), 4)]
-OF_ONE_GRID = {"pixelcnn"}
-"""Priors that model one 2-D grid of depth 1; the others model every layout."""
-CODE_BY_CODE = [name for name, prior in PRIORS.items() if issubclass(prior, AutoregressivePrior)]
-"""Priors whose logits are those of each code given the earlier ones."""
-
 each_prior = pytest.mark.parametrize("name", PRIORS)
-
-
-def can_model(name: str, layout: CodeLayout) -> bool:
-    one_grid = len(layout.grids) == 1 and len(layout.grids[0].shape) == 2 and layout.grids[0].depth == 1
-    return one_grid or name not in OF_ONE_GRID
-
-
-def each_prior_on(*layouts: CodeLayout, names: Iterable[str] = PRIORS):
-    """Run a test for each of the priors on those of the layouts that it can model."""
-    cases = [(name, layout) for name in names for layout in layouts if can_model(name, layout)]
-    return pytest.mark.parametrize(("name", "layout"), cases, ids=str)
 
 
 def verbs(prior: Prior) -> list[Callable[..., Any]]:
@@ -246,6 +231,31 @@ def test_guidance_by_zero_draws_as_without_a_class_and_by_more_than_one_otherwis
     assert not torch.equal(three, one)
 
 
+@each_prior_on(IMAGE, GRIDS)
+def test_where_a_filter_leaves_one_code_it_is_that_of_temperature_zero(name, layout):
+    prior, labels, seeds = tiny_prior(name, layout, num_classes=2), torch.tensor([0, 1] * 4), torch.arange(8)
+    for guidance in ({}, {"guidance_scale": 3.0}):
+        greedy = prior.sample(8, labels, seeds=seeds, temperature=0, **guidance)
+        for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
+            assert torch.equal(prior.sample(8, labels, seeds=seeds, **options, **guidance), greedy)
+        assert not torch.equal(prior.sample(8, labels, seeds=seeds, **guidance), greedy)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@each_prior_on(IMAGE, GRIDS)
+def test_half_precision_samples_codes_of_the_layout_and_trains(name, layout, autocast):
+    prior, labels = tiny_prior(name, layout, num_classes=2), torch.tensor([0, 1] * 4)
+    prior = prior if autocast else prior.bfloat16()
+    options = {"guidance_scale": 2.0, "guidance_interval": [0.2, 0.6], "temperature": [1.5, 0], "top_p": 0.9}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        codes = prior.sample(8, labels, seeds=torch.arange(8), **options)
+        loss = prior.train()(codes, labels, seeds=torch.arange(8)).loss
+    loss.backward()
+    assert ((codes.flatten(1) >= 0) & (codes.flatten(1) < torch.tensor(vocab_sizes(layout)))).all()
+    assert loss.dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in prior.parameters())
+
+
 @each_prior
 def test_equal_seeds_give_equal_images_and_different_seeds_different_ones(name):
     prior = tiny_prior(name, IMAGE)
@@ -373,7 +383,7 @@ def test_guidance_without_labels_or_without_label_dropout_is_refused(name):
         ({"top_k": 0}, "top_k should be integer at least 1 | none, got 0"),
         ({"top_p": 0.0}, "top_p should be number from 1e-06 to 1 | none, got 0.0"),
         ({"top_p": 1.1}, "top_p should be number from 1e-06 to 1 | none, got 1.1"),
-        ({"guidance_scale": -1.0}, "guidance_scale should be number at least 0, got -1.0"),
+        ({"guidance_scale": -1.0}, "guidance_scale should be number from 0 to 1000, got -1.0"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import shlex
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from pipelines import ImageGenerationPipeline
+from prior import PRIORS
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -79,6 +83,17 @@ def test_every_python_block_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(re.sub(r"steps=\d+", "steps=2", block), "README.md", "exec"), {})
     assert (checkout / "runs/python/pipeline/prior/model.safetensors").is_file()
     assert (checkout / "runs/python/seven.png").is_file()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_option_of_sampling_stands_in_the_section_on_priors(name: str) -> None:
+    section = README.partition("## Priors and sampling\n")[2].partition("\n## ")[0]
+    options = PRIORS[name].sampling_options.__dataclass_fields__.keys()
+    verbs = (ImageGenerationPipeline.__call__, ImageGenerationPipeline.edit, ImageGenerationPipeline.variations)
+    arguments = {argument for verb in verbs for argument in inspect.signature(verb).parameters}
+    arguments -= {"self", "images", "image", "masks", "batch_size", "output_type", "sampling"}
+    words = {*options, *arguments, "known", "known_mask"}
+    assert not sorted(word for word in words if not re.search(rf"\b{word}\b", section))
 
 
 def test_every_path_in_the_readme_exists(root: Path) -> None:

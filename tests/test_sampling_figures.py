@@ -72,13 +72,7 @@ def test_evaluating_with_samples_reports_them(prior_run, code_folder):
     assert evaluate(load_config(EvaluationConfig, None, options))["differing_codes"] == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["tokenizer=t", "num_samples=3"], "num_samples=3 are drawn from a prior; give prior=DIR"),
-        (["prior=p", "compile=true"], "compile=true compiles the drawing of num_samples= images; give their number"),
-    ],
-)
-def test_options_of_sampling_without_it_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [["tokenizer=t", "num_samples=3"], ["prior=p", "compile=true"]])
+def test_options_of_sampling_without_it_are_refused(options):
+    with pytest.raises(ValueError, match="compile=true is for the images of num_samples=, which prior= draws"):
         load_config(EvaluationConfig, None, options)

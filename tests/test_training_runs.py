@@ -12,22 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, metrics, watching_optimizer_steps, weights
+from conftest import ROOT, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, metrics, watching_optimizer_steps, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs.loading import load_config, read_yaml
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
-from pipelines import train_prior, train_tokenizer
+from pipelines import load_code_tensor, train_prior, train_tokenizer
 from pipelines.optimization import make_optimizer
-from prior import Prior
+from prior import PRIORS, Prior
 from tokenizer import ImageTokenizer
 from tokenizer.discriminator import PatchGAN
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.ema import EMAQuantizer
 
 Train = Callable[..., Path]
+
+PRESETS = ROOT / "configs" / "prior"
 
 
 @pytest.fixture
@@ -386,6 +388,65 @@ def test_a_prior_whose_tokenizer_is_gone_says_that_it_draws_no_pictures(
     assert not (run / "images").exists()
     with pytest.raises(ValueError, match="gone"):
         prior_training(f"codes={codes}", f"tokenizer={tmp_path / 'gone'}", name="other")
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_preset_of_a_prior_trains_validates_and_draws(
+    preset: Path, code_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"codes={code_folder}", f"output_dir={tmp_path / 'run'}", "steps=2", "batch_size=4", "num_samples=2"]
+    given += ["sample_every=0", "validate_every=1", "mixed_precision=no", "model.width=16", "model.num_layers=2"]
+    given += [] if "pixelcnn" in preset.name else ["model.num_heads=2"]
+    run = train_prior(load_config(PriorTrainingConfig, preset, given))
+    assert type(Prior.from_pretrained(run)) is PRIORS[read_yaml(preset)["model"]["name"]]
+    assert [picture.name for picture in (run / "images").iterdir()] == ["samples-00000002.png"]
+    figures = metrics(run, "validation")[-1]
+    ending = "_bound" if "maskgit" in preset.name else ""
+    known = {"loss", "bits_per_code", "bits_per_pixel", "perplexity"}
+    assert {name.removesuffix("_bound") for name in figures} >= known
+    assert {name for name in figures if name.removesuffix("_bound") in known} == {name + ending for name in known}
+    assert figures[f"bits_per_pixel{ending}"] == pytest.approx(figures[f"bits_per_code{ending}"] * 16 / (16 * 16))
+    assert figures[f"perplexity{ending}"] == pytest.approx(2 ** figures[f"bits_per_code{ending}"])
+    printed = capsys.readouterr().out
+    assert ("bits per code at most (a bound)" in printed) == bool(ending)
+
+
+def test_a_prior_draws_its_samples_by_its_sampling_options_of_each_class_in_turn(
+    prior_training: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, sample = [], Prior.sample
+
+    def watched(prior: Prior, batch_size: int, labels: Tensor, **options: Any) -> Tensor:
+        seen.append((batch_size, labels.tolist(), options["temperature"], options["guidance_scale"]))
+        return sample(prior, batch_size, labels, **options)
+
+    monkeypatch.setattr(Prior, "sample", watched)
+    prior_training("num_samples=5", "sampling.temperature=[1.5,0.5]", "sampling.guidance_scale=2")
+    assert seen == [(5, [0, 1, 0, 1, 0], [1.5, 0.5], 2)]
+
+
+def test_the_saved_prior_is_measured_on_the_validation_split(prior_training: Train, code_folder: Path) -> None:
+    run = prior_training("weight_ema=0.6", "learning_rate=0.01")
+    codes, labels = load_code_tensor(code_folder, "test")
+    with torch.no_grad():
+        expected = Prior.from_pretrained(run).eval()(codes.long(), labels).loss
+    assert metrics(run, "validation")[-1]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_prior_is_not_measured_on_the_split_that_it_is_trained_on(prior_training: Train) -> None:
+    assert metrics(prior_training("split=test"), "validation") == []
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_a_split_that_is_called_validation_is_found(
+    prior_training: Train, code_folder: Path, tmp_path: Path, name: str
+) -> None:
+    codes = tmp_path / "codes"
+    shutil.copytree(code_folder, codes)
+    (codes / "test").rename(codes / name)
+    (codes / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+    run = prior_training(f"codes={codes}", "steps=1")
+    assert len(metrics(run, "validation")) == 1
 
 
 def test_a_prior_refuses_a_tokenizer_with_another_fingerprint(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.layout import CodeGrid, CodeLayout
-from prior.unmasking import Schedule, halton_order, masked_counts, masked_share
+from prior.unmasking import Schedule, expected_masked_count, halton_order, masked_counts, masked_share
 
 SCHEDULES = get_args(Schedule)
 FORMULAS = {
@@ -70,6 +70,14 @@ def test_the_masked_codes_follow_the_schedule_where_it_reveals_enough(schedule, 
         wanted = math.ceil(FORMULAS[schedule]((step + 1) / num_steps) * unknown - 1e-6)
         assert count == max(0, min(wanted, left - 1))
         left = count
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+def test_the_expected_number_of_masked_codes_is_its_mean_over_uniform_numbers(schedule, length):
+    uniforms = [(i + 0.5) / 20_000 for i in range(20_000)]
+    mean = sum(max(1, math.ceil(FORMULAS[schedule](u) * length)) for u in uniforms) / 20_000
+    assert expected_masked_count(schedule, length) == pytest.approx(mean, abs=length * 1e-3)
 
 
 def test_counts_of_known_cases():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.layout import CodeLayout
 from pipelines.larger_grids import check_grid
+from prior import Prior
 
 
 @pytest.mark.parametrize("prior", ["gpt", "maskgit"])
@@ -46,6 +47,27 @@ def test_variations_do_not_depend_on_the_batch_size():
     assert not torch.equal(pipeline.variations(image, 0.5, num_images=5, seed=1).codes, whole)
 
 
+def test_variations_of_several_classes_do_not_depend_on_the_batch_size():
+    pipeline, image, labels = make_pipeline(), picture(), [0, 1, 1, 0, 1]
+    options = {"num_images": 5, "seed": 0, "guidance_scale": 3.0}
+    whole = pipeline.variations(image, 0.9, labels=labels, **options).codes
+    assert torch.equal(pipeline.variations(image, 0.9, labels=labels, **options, batch_size=2).codes, whole)
+    assert not torch.equal(pipeline.variations(image, 0.9, labels=[0, 1, 0, 1, 0], **options).codes, whole)
+
+
+@pytest.mark.parametrize(("prior", "options"), [("gpt", {}), ("maskgit", {"steps": 1}), ("pixelcnn", {})])
+def test_where_a_variation_draws_says_nothing_about_what_it_draws(monkeypatch, prior, options):
+    pipeline, kept, sample, n = make_pipeline(prior=prior), [], Prior.sample, 128
+    for parameter in pipeline.prior.parameters():
+        nn.init.zeros_(parameter)  # every code is equally likely
+    monkeypatch.setattr(Prior, "sample", lambda *a, **given: kept.append(given["known_mask"]) or sample(*a, **given))
+    codes = pipeline.variations(picture(), 0.25, num_images=n, batch_size=n, seed=0, **options).codes
+    drawn = codes[~kept[0]]
+    assert len(drawn) == n * 4
+    # The standard deviation of a uniform number below 16 is 4.6.
+    assert abs(drawn.float().mean() - 7.5) < 5 * 4.6 / len(drawn) ** 0.5
+
+
 def test_a_strength_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"strength should be from 0 to 1, got 1.5"):
         make_pipeline().variations(picture(), 1.5)
@@ -64,7 +86,7 @@ class Classifier(nn.Module):
         return self.layer(images.flatten(1))
 
 
-@pytest.mark.parametrize("prior", ["gpt", "maskgit"])
+@pytest.mark.parametrize("prior", ["gpt", "maskgit", "pixelcnn"])
 def test_the_best_of_several_images_is_the_one_that_the_classifier_finds_likeliest(prior):
     pipeline, classifier, labels = make_pipeline(prior=prior), Classifier(), torch.tensor([0, 1, 1, 0, 1])
     options = {"labels": labels, "seed": 0, "output_type": "tensor"}
@@ -103,7 +125,7 @@ def test_a_choice_without_a_classifier_or_labels_and_a_classifier_without_a_choi
         best_of = options.get("best_of", 1)
         with pytest.raises(ValueError, match=rf"best_of={best_of} chooses by what a classifier thinks of the class"):
             pipeline(2, **options)
-    with pytest.raises(ValueError, match="best_of should be at least 1, got 2, 64 and 0"):
+    with pytest.raises(ValueError, match="best_of should be an integer of at least 1, got 0"):
         pipeline(2, best_of=0)
 
 
@@ -122,7 +144,11 @@ def test_a_larger_grid_gives_larger_images(grid, quantizer, depth, prior):
 
 @pytest.mark.parametrize(
     ("prior", "options"),
-    [("gpt", {"temperature": 0.0}), ("maskgit", {"temperature": 0.0, "choice_temperature": 0.0, "steps": 3})],
+    [
+        ("gpt", {"temperature": 0.0}),
+        ("maskgit", {"temperature": 0.0, "choice_temperature": 0.0, "steps": 3}),
+        ("pixelcnn", {"temperature": 0.0}),
+    ],
 )
 def test_a_window_is_drawn_given_what_earlier_windows_have_drawn(prior, options):
     pipeline = make_pipeline(prior=prior)
@@ -137,6 +163,21 @@ def test_a_window_is_drawn_given_what_earlier_windows_have_drawn(prior, options)
             assert torch.equal(window, codes[here])
             filled[here] = True
     assert filled.all()
+
+
+@pytest.mark.parametrize("prior", ["gpt", "maskgit", "pixelcnn"])
+def test_the_first_window_of_a_larger_image_is_the_image_of_the_trained_size(prior):
+    pipeline, options = make_pipeline(prior=prior), {"labels": [0, 1], "seed": 0}
+    codes = pipeline(2, grid=[4, 6], **options).codes
+    assert torch.equal(codes[:, :, :4], pipeline(2, **options).codes)
+
+
+def test_every_window_of_every_larger_image_has_random_numbers_of_its_own(monkeypatch):
+    pipeline, seen, sample = make_pipeline(), [], Prior.sample
+    monkeypatch.setattr(Prior, "sample", lambda *args, **given: seen.append(given["seeds"]) or sample(*args, **given))
+    pipeline(3, labels=0, grid=[6, 8], seed=0, best_of=3, classifier=lambda images: torch.zeros(len(images), 2))
+    assert len(seen) == 2 * 3 * 3
+    assert len(torch.cat(seen).unique()) == 2 * 3 * 3 * 3
 
 
 @pytest.mark.parametrize("grid", [[3, 8], [8, 3], [8], [4, 4, 4], [4.0, 8], []], ids=str)
@@ -166,3 +207,26 @@ def test_the_best_of_several_larger_images_is_one_of_them():
     means = torch.stack(seen).mean((2, 3, 4))
     expected = torch.stack([means[:, 0].max(), means[:, 1].min()])
     torch.testing.assert_close(best.mean((1, 2, 3)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [
+        (torch.zeros(2, 1), r"\(2, 1\)"),
+        (torch.zeros(2), r"\(2,\)"),
+        (torch.zeros(1, 2), r"\(1, 2\)"),
+        ([[0, 0], [0, 0]], "list"),
+    ],
+)
+def test_a_classifier_that_returns_something_else_is_refused(returned, came):
+    message = rf"the classifier should return logits, a tensor \(2, 2\), got {came}"
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(2, labels=0, best_of=2, classifier=lambda images: returned)
+
+
+def test_only_one_picture_is_varied_and_at_least_once():
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match=r"expected one picture \(PIL.Image.Image\), got list"):
+        pipeline.variations([picture()] * 4, 0.5)
+    with pytest.raises(ValueError, match="num_images should be an integer of at least 1, got 0"):
+        pipeline.variations(picture(), 0.5, num_images=0)
