@@ -15,6 +15,7 @@ from configs.layout import CodeGrid, CodeLayout
 from configs.validation import Count, CountOrZero, Range
 from prior.autoregressive import AutoregressivePrior, CodeByCode
 from prior.base import PriorConfig
+from prior.rms_norm import RMSNorm
 from prior.transformer import Attention, LayerCache, code_positions, rotary_table
 
 
@@ -161,10 +162,9 @@ class PixelCNN(AutoregressivePrior):
         return self._rotary[self.device]
 
     def compile_sampling(self, compiled: bool = True) -> Self:
-        """Raise a ValueError: what a single code takes here are two small products a layer, written for it."""
         if compiled:
             raise ValueError("pixelcnn has no steps to compile in sampling; leave compile out")
-        return super().compile_sampling(compiled)
+        return self
 
     def code_by_code(self, labels: Tensor, condition: Tensor | None, compiled: bool) -> CodeByCode:
         from prior.pixelcnn_sampling import CachedRows  # which imports this file
@@ -263,7 +263,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.attention = Attention(width, num_heads, num_heads, qk_norm=False)
         self.dropout = nn.Dropout(dropout)
 

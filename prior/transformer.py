@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.layout import CodeLayout
+from prior.rms_norm import RMSNorm
 
 
 def code_positions(layout: CodeLayout) -> Tensor:
@@ -49,15 +52,40 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 100.0) -> Tenso
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate pairs of channels of `(..., L, head_dim)` by the angles of `rotary_table`."""
-    cos, sin = rotary
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+    """Rotate pairs of channels of `(..., L, head_dim)` by the angles of `rotary_table`, in float32."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _rotated(x, *rotary)
+    return _Rotation.apply(x, rotary)
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm in the type of its weights, which is not that of its input under autocast; no norm is none."""
-    return norm(x.type_as(norm.weight)).type_as(x) if isinstance(norm, nn.RMSNorm) else x
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    rotated = wide * torch.cat([cos, cos], dim=-1)
+    into_first, into_second = rotated.chunk(2, dim=-1)
+    into_first.addcmul_(second, sin, value=-1)
+    into_second.addcmul_(first, sin)
+    return rotated.type_as(x)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, and needs no activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotary: Tensor) -> Tensor:
+        ctx.save_for_backward(rotary)
+        return _rotated(x, *rotary)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0]
+        return _rotated(grad, cos, -sin), None
+
+
+def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """A norm in the type of its weights, which is not that of its input under autocast."""
+    return norm(x.type_as(norm.weight)).type_as(x)
 
 
 class LayerCache:
@@ -113,8 +141,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = width // num_heads
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -122,8 +150,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, L, _ = x.shape
         heads = self.qkv(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, heads, L, head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(_normed(self.query_norm, q), rotary), rotate(_normed(self.key_norm, k), rotary)
+        queries_and_keys, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = queries_and_keys.split([self.num_heads, self.num_kv_heads], dim=1)
+            queries_and_keys = torch.cat([_normed(self.query_norm, q), _normed(self.key_norm, k)], dim=1)
+        q, k = rotate(queries_and_keys, rotary).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
         if isinstance(cache, StaticCache):
@@ -170,9 +201,9 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, qk_norm: bool, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.norm1 = RMSNorm(width)
         self.attention = Attention(width, num_heads, num_kv_heads, qk_norm)
-        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.norm2 = RMSNorm(width)
         self.feed_forward = FeedForward(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -221,7 +252,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, num_heads, self.num_kv_heads, qk_norm, dropout) for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight"):
                 # GPT-2: residual branches are scaled down so that their sum keeps its variance over depth.

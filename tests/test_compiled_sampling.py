@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
+from prior_cases import GRIDS, IMAGE, tiny_prior
 
 from prior import Prior
-from tests.prior_cases import GRIDS, IMAGE, tiny_prior
 
 GUIDED = {"guidance_scale": 2.0, "guidance_interval": [0.0, 0.5]}
 

@@ -6,13 +6,13 @@ import functools
 
 import pytest
 import torch
+from prior_cases import GRIDS, IMAGE, random_codes, tiny_prior
 
 from configs.loading import load_config
 from configs.schema import EvaluationConfig
 from pipelines import evaluate
 from pipelines.devices import make_accelerator
 from pipelines.sampling_figures import measure_sampling
-from tests.prior_cases import GRIDS, IMAGE, random_codes, tiny_prior
 
 
 @pytest.mark.parametrize("name", ["gpt", "maskgit", "pixelcnn"])
