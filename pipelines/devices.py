@@ -88,3 +88,9 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not of_memory:
             raise
         raise ValueError(f"out of memory ({text.splitlines()[0] if text else 'no details'}); {advice}") from error
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.compilation import require_compiler
+from pipelines.devices import wait_for
 from prior import Prior
 
 
@@ -53,16 +54,11 @@ def measure_sampling(
     prior.compile_sampling(compiled)
     with accelerator.autocast():
         sample(slice(None))
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         codes = sample(slice(None))
-        _wait_for(device)
+        wait_for(device)
     seconds = time.perf_counter() - start
     prior.compile_sampling(False)
     differing = (codes != expected).float().mean().item()
     return {"samples_per_second": num_images / seconds, "differing_codes": differing}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipelines.devices import default_device, describe_hardware, peak_memory_mib
+from pipelines.devices import default_device, describe_hardware, peak_memory_mib, wait_for
 
 OURS = "tessera"
 Run = Callable[[], object]
@@ -98,11 +98,10 @@ def alternate(runs: dict[str, Run], device: torch.device) -> dict[str, list[floa
 
 
 def _seconds(run: Run, device: torch.device) -> float:
-    wait_for_device = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    wait_for_device()
+    wait_for(device)
     start = time.perf_counter()
     run()
-    wait_for_device()
+    wait_for(device)
     return time.perf_counter() - start
 
 
