@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipelines.run_folder import checkpoint_folder, flatten, prune_checkpoints, seal, write_json
+from pipelines.sharding import as_kept, whole_state
+from pipelines.weight_average import WeightAverage
 
 
 @dataclass
@@ -24,6 +26,7 @@ class TrainedState:
     modules: dict[str, nn.Module]
     """Unwrapped: quantizer state is in their buffers."""
     optimizers: dict[str, Optimizer]
+    average: WeightAverage | None = None
 
 
 def save_checkpoint(
@@ -32,7 +35,8 @@ def save_checkpoint(
     """Write a checkpoint after `step` steps: every process its part, then the manifest and the name."""
     folder = checkpoint_folder(run, step)
     partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+    if is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -40,53 +44,60 @@ def save_checkpoint(
     if accelerator.device.type == "cuda":
         random_state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     save_file(random_state, partial / f"random-{accelerator.process_index}.safetensors")
-    if accelerator.is_main_process:
-        for name, module in trained.modules.items():
-            save_file(_plain_state(module), partial / f"{name}.safetensors")
-        for name, optimizer in trained.optimizers.items():
-            _save_optimizer(optimizer, partial / name)
+    # All processes take part, because what is sharded is gathered; the main process writes.
+    weights = {name: whole_state(module.state_dict(), keep=is_main) for name, module in trained.modules.items()}
+    if trained.average is not None:
+        weights["average"] = whole_state(trained.average.parameters, keep=is_main)
+    moments = {name: _optimizer_state(optimizer, keep=is_main) for name, optimizer in trained.optimizers.items()}
+    if is_main:
+        for name, tensors in weights.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        for name, (tensors, groups) in moments.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+            write_json(partial / f"{name}.json", {"param_groups": groups})
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         state = {"step": step, "seconds": seconds, "processes": accelerator.num_processes, "scaler": scaler}
-        write_json(partial / "state.json", state)
+        updates = 0 if trained.average is None else trained.average.num_updates
+        write_json(partial / "state.json", state | {"average_updates": updates})
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if is_main:
         seal(partial, folder)
         prune_checkpoints(run, keep)
     accelerator.wait_for_everyone()
 
 
-def load_trained_state(checkpoint: Path, trained: TrainedState) -> dict[str, Any]:
-    """Read a checkpoint into modules and optimizers; returns its step, seconds, processes and scaler."""
-    for name, module in trained.modules.items():
+def load_weights(checkpoint: Path, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Read a checkpoint's weights into modules; returns its step, seconds, processes and scaler."""
+    for name, module in modules.items():
         module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
-    for name, optimizer in trained.optimizers.items():
-        _load_optimizer(optimizer, checkpoint / name)
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def load_random_state(checkpoint: Path, accelerator: Accelerator) -> bool:
-    """Restore this process's generators; False where the checkpoint has none for it."""
-    mine = checkpoint / f"random-{accelerator.process_index}.safetensors"
-    if not mine.is_file():
-        return False
-    random_state = load_file(mine)
+def load_optimizers(checkpoint: Path, trained: TrainedState, updates: int) -> None:
+    """Read what belongs to the parameters as they are kept, sharded or not: moments, and the weight average."""
+    for name, optimizer in trained.optimizers.items():
+        _load_optimizer(optimizer, checkpoint / name)
+    if trained.average is not None:
+        saved = load_file(checkpoint / "average.safetensors")
+        averages = trained.average.parameters
+        trained.average.parameters = {name: as_kept(saved[name], like) for name, like in averages.items()}
+        trained.average.num_updates = updates
+
+
+def load_random_state(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Restore this process's generators."""
+    random_state = load_file(checkpoint / f"random-{accelerator.process_index}.safetensors")
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["cuda"], accelerator.device)
-    return True
 
 
-def _plain_state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-
-
-def _save_optimizer(optimizer: Optimizer, path: Path) -> None:
-    """Tensors into `path`.safetensors with keys `state.<parameter>.<name>`, the rest into `path`.json."""
+def _optimizer_state(optimizer: Optimizer, keep: bool) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Tensors with keys `state.<parameter>.<name>`, and the groups of parameters."""
     state = optimizer.state_dict()
     flat = flatten({"state": {str(index): values for index, values in state["state"].items()}})
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path.with_suffix(".safetensors"))
-    write_json(path.with_suffix(".json"), {"param_groups": state["param_groups"]})
+    return whole_state(tensors, keep), state["param_groups"]
 
 
 def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
@@ -96,8 +107,8 @@ def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
         state.setdefault(int(index), {})[name] = value
     groups = json.loads(path.with_suffix(".json").read_text())["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    # Fused kernels walk through memory: moments need the strides of their parameter, which may be channels last.
+    # Fused kernels walk through memory: moments need the strides of their parameter, and its shards.
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                values[name] = as_kept(value, parameter)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
 
 def default_device() -> torch.device:
@@ -54,7 +55,12 @@ def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator
     device = default_device()
     precision = resolve_mixed_precision(mixed_precision, device)
     # Said outright, because several CPU processes under torchrun are one to Accelerate otherwise.
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # Accelerate shards on GPUs only; several CPU processes, for tests and small machines, can be told to.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    return accelerator
 
 
 def describe_hardware(device: torch.device) -> str:

@@ -189,14 +189,15 @@ def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: 
     """Figures over the validation split, logged; none where there is no such split."""
     if validation is None:
         return {}
-    figures = evaluate_prior(
-        run.evaluated_model,
-        *validation,
-        run.accelerator,
-        batch_size=run.config.batch_size,
-        image_shape=info.image_shape,
-        max_batches=2 if run.config.dry_run else None,
-    )
+    with run.evaluated() as prior:
+        figures = evaluate_prior(
+            prior,
+            *validation,
+            run.accelerator,
+            batch_size=run.config.batch_size,
+            image_shape=info.image_shape,
+            max_batches=2 if run.config.dry_run else None,
+        )
     run.log.write(step, "validation", run.seconds, figures)
     bits, what = figures.get("bits_per_code"), "bits per code"
     if bits is None:
@@ -207,13 +208,13 @@ def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: 
 
 @torch.no_grad()
 def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConfig, step: int) -> None:
-    """A grid of samples, the same seeds every time; classes in turn."""
+    """A grid of samples, the same seeds every time; classes in turn. Every process draws: a sharded model asks for it."""
+    index = torch.arange(config.num_samples, device=run.device)
+    with run.evaluated() as prior, run.accelerator.autocast():
+        num_classes = prior.config.num_classes
+        labels = index % num_classes if num_classes else None
+        codes = prior.sample(len(index), labels, seeds=mix(index, config.seed), **config.sampling)
     if not run.is_main:
         return
-    prior: Prior = run.evaluated_model
-    index = torch.arange(config.num_samples, device=run.device)
-    labels = index % prior.config.num_classes if prior.config.num_classes else None
-    with run.accelerator.autocast():
-        codes = prior.sample(len(index), labels, seeds=mix(index, config.seed), **config.sampling)
-    columns = min(len(index), prior.config.num_classes or round(len(index) ** 0.5), 16)
+    columns = min(len(index), num_classes or round(len(index) ** 0.5), 16)
     run.log.picture(step, "samples", picture_grid(tokenizer.decode(codes), max(1, columns)))

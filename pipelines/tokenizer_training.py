@@ -240,8 +240,8 @@ def _initialize(run: TrainingRun, tokenizer: ImageTokenizer, batches: Iterator[I
             num_vectors += latents[-1].numel() // latents[-1].shape[1]
     if latents:
         quantizer.initialize(torch.cat(latents))
-    if run.averaged is not None:
-        run.averaged.module.load_state_dict(tokenizer.state_dict())
+    if run.trained.average is not None:
+        run.trained.average.restart()
 
 
 @torch.compiler.set_stance("force_eager")  # other batch sizes and modes would be compiled anew
@@ -251,15 +251,16 @@ def _validate(
     """Figures over the validation split, logged; none where there is no such split."""
     if validation is None:
         return {}
-    figures = evaluate_tokenizer(
-        run.evaluated_model,
-        validation,
-        run.accelerator,
-        batch_size=run.config.batch_size,
-        num_workers=num_workers,
-        max_batches=2 if run.config.dry_run else None,
-        quantize=step >= config.quantize_after,
-    )
+    with run.evaluated() as tokenizer:
+        figures = evaluate_tokenizer(
+            tokenizer,
+            validation,
+            run.accelerator,
+            batch_size=run.config.batch_size,
+            num_workers=num_workers,
+            max_batches=2 if run.config.dry_run else None,
+            quantize=step >= config.quantize_after,
+        )
     run.log.write(step, "validation", run.seconds, figures)
     codes = "not quantized yet"
     if step >= config.quantize_after:
@@ -274,9 +275,8 @@ def _draw(run: TrainingRun, config: TokenizerTrainingConfig, dataset: ImageDatas
     """Reconstructions of the first images of a split."""
     if not run.is_main:
         return
-    model = run.evaluated_model.eval()
     batch = next(iter(image_batches(dataset, in_order(len(dataset), 16)[:1], run.device, 0)))
-    with run.accelerator.autocast():
-        reconstruction = model(batch.images, quantize=step >= config.quantize_after).reconstruction
+    with run.evaluated() as tokenizer, run.accelerator.autocast():
+        reconstruction = tokenizer.eval()(batch.images, quantize=step >= config.quantize_after).reconstruction
+    tokenizer.train()
     run.log.picture(step, "reconstructions", reconstruction_grid(batch.images, reconstruction.clamp(-1, 1)))
-    run.unwrapped.train()

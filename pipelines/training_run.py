@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_tensorboard_available, set_seed
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from configs.random_streams import mix
 from configs.schema import RunConfig
-from pipelines.checkpoints import TrainedState, load_random_state, load_trained_state, save_checkpoint
-from pipelines.devices import describe_hardware, make_accelerator, peak_memory_mib
+from pipelines.checkpoints import TrainedState, load_optimizers, load_random_state, load_weights, save_checkpoint
+from pipelines.devices import describe_hardware, peak_memory_mib
 from pipelines.index_stream import IndexStream
 from pipelines.optimization import learning_rate, make_optimizer
 from pipelines.run_folder import (
     RESULT,
     checkpoint_folder,
     discard_checkpoints_after,
-    flatten,
     lock,
     newest_whole_checkpoint,
     read_json,
@@ -37,7 +38,10 @@ from pipelines.run_folder import (
     write_json,
 )
 from pipelines.run_log import RunLog, duration
-from pipelines.stop_signals import StopSignals
+from pipelines.sharding import gathered, is_sharded, whole_state
+from pipelines.stop_signals import StopAgreement, StopSignals
+from pipelines.trackers import make_run_accelerator, start_tracker
+from pipelines.weight_average import WeightAverage, averaged
 
 DEFAULT_STEPS = 1000
 
@@ -59,7 +63,7 @@ class TrainingRun:
     unwrapped: PreTrainedModel
     trained: TrainedState
     total_steps = 0
-    averaged: AveragedModel | None = None
+    source: dict[str, Any] | None = None
     second: nn.Module | None = None
     locked: IO[str] | None = None
 
@@ -71,7 +75,7 @@ class TrainingRun:
         started = self.checkpoint is not None or self.result is not None
         if started and config.resume == "never":
             raise ValueError(f"{self.folder} holds a run already, and resume=never; choose another output_dir")
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_run_accelerator(config)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.log = RunLog(self.accelerator, self.folder)
@@ -79,7 +83,11 @@ class TrainingRun:
         self.recorded = config.to_dict() | {"mixed_precision": self.accelerator.mixed_precision}
         require_same_run(self.folder, type(config), self.recorded, trained=started)
         self.start_step = int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
-        self.stop = StopSignals(lambda: self.log.print("stopping after this step; once more to stop at once"))
+        # Launchers send a signal of their own after Ctrl-C: only a run of one process may take a second one literally.
+        launched = self.accelerator.num_processes > 1
+        advice = "soon, when all processes know" if launched else "after this step; once more to stop at once"
+        self.stop = StopSignals(lambda: self.log.print(f"stopping {advice}"), patient=launched)
+        self.agreement = StopAgreement(self.stop, self.accelerator)
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         set_seed(config.seed)
@@ -136,34 +144,35 @@ class TrainingRun:
             write_config(self.folder, self.recorded)
             discard_checkpoints_after(self.folder, self.start_step)
         self.log.cut_after(self.start_step)
-        model.to(self.device)
-        modules: dict[str, nn.Module] = {"model": model}
-        optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": make_optimizer(self.config, model)}
+        modules = {"model": model.to(self.device)} | ({} if second is None else {"second": second.to(self.device)})
+        state = {} if self.checkpoint is None else load_weights(self.checkpoint, modules)
+        optimizers: dict[str, Optimizer] = {"optimizer": make_optimizer(self.config, model)}
         if second is not None:
-            modules["second"] = second.to(self.device)
             optimizers["second_optimizer"] = make_optimizer(self.config, second, second_rate)
-        if self.config.weight_ema:
-            # Parameters are averaged; buffers (EMA codebooks, batch norms) are copied from the model.
-            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.weight_ema))
-            modules["average"] = self.averaged.requires_grad_(False)
-        state: dict[str, Any] = {}
-        self.trained = TrainedState(modules, optimizers)
-        if self.checkpoint is not None:
-            state = load_trained_state(self.checkpoint, self.trained)
-            self.earlier_seconds = state["seconds"]
         self.unwrapped = model
-        self.model = self.accelerator.prepare(model)
-        self.second = None if second is None else self.accelerator.prepare(second)
-        for name, optimizer in optimizers.items():
-            optimizers[name] = self.accelerator.prepare(optimizer)
+        # Together, because sharding gives the optimizer other parameters.
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizers["optimizer"])
+        if second is not None:
+            self.second, _ = self.accelerator.prepare(second, optimizers["second_optimizer"])
+        average = WeightAverage(model, self.config.weight_ema) if self.config.weight_ema else None
+        self.trained = TrainedState(modules, optimizers, average)
+        if self.accelerator.process_index:  # network dropout: other noise for other images
+            torch.manual_seed(mix(self.config.seed, self.accelerator.process_index))
         if self.checkpoint is not None:
+            self.earlier_seconds = state["seconds"]
+            load_optimizers(self.checkpoint, self.trained, state["average_updates"])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            if not load_random_state(self.checkpoint, self.accelerator):
-                self.log.print(f"this checkpoint is of {state['processes']} process(es): network dropout is drawn anew")
-        if self.config.tracker != "none":
-            settings = {k: v for k, v in flatten(self.recorded).items() if isinstance(v, int | float | str | bool)}
-            self.accelerator.init_trackers(self.config.project, settings)
+            if state["processes"] == self.accelerator.num_processes:
+                load_random_state(self.checkpoint, self.accelerator)
+            else:
+                self.log.print(
+                    f"this checkpoint is of {state['processes']} process(es), here are "
+                    f"{self.accelerator.num_processes}: sums over images are rounded in another order, and network "
+                    "dropout is drawn anew; all else goes on as it would have",
+                    "not exact",
+                )
+        start_tracker(self.accelerator, self.folder, self.config, self.recorded, self.start_step)
 
     def stream(self, num_items: int, start_step: int | None = None) -> IndexStream:
         """The training items of this process, from a step on, by default the first that is left."""
@@ -177,10 +186,14 @@ class TrainingRun:
             process_index=self.accelerator.process_index,
         )
 
-    @property
-    def evaluated_model(self) -> Any:
-        """The model that is evaluated, drawn from and saved: the averaged weights where they are on."""
-        return self.unwrapped if self.averaged is None else self.averaged.module
+    @contextmanager
+    def evaluated(self) -> Iterator[Any]:
+        """The model as it is evaluated and drawn from: with averaged weights where they are on, whole on each process.
+
+        Every process enters and leaves it at the same time.
+        """
+        with averaged(self.trained.average), gathered(self.unwrapped):
+            yield self.unwrapped
 
     @property
     def seconds(self) -> float:
@@ -208,7 +221,7 @@ class TrainingRun:
                 if step + 1 == self.start_step + 20 and self.total_steps - step > 20:
                     left = (time.perf_counter() - self.loop_started_at) / 20 * (self.total_steps - step - 1)
                     self.log.print(f"about {duration(left)}", "time to the end")
-                if self._should_stop(step):
+                if self.agreement.reached(step, step + 1 == self.total_steps):
                     self.save_checkpoint(step)
                     raise KeyboardInterrupt(
                         f"stopped after step {step + 1}; the checkpoint is "
@@ -217,11 +230,22 @@ class TrainingRun:
 
     def optimizer_step(self) -> None:
         """Clip, step and clear the gradients at the end of the accumulation; nothing before it."""
-        if self.accelerator.sync_gradients and self.config.max_grad_norm:
+        if not self.accelerator.sync_gradients:
+            return
+        if self.config.max_grad_norm:
+            clip: Callable[..., Any] = self.accelerator.clip_grad_norm_  # of all optimizers it takes the scale away
             for module in self.models:
-                self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
+                clip(module.parameters(), self.config.max_grad_norm)
+                clip = nn.utils.clip_grad_norm_
+        scaler = self.accelerator.scaler
         for optimizer in self.trained.optimizers.values():
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()  # once for all: a scale that changed in between would not be that of the gradients
+        for optimizer in self.trained.optimizers.values():
             optimizer.zero_grad()
 
     @property
@@ -231,8 +255,8 @@ class TrainingRun:
 
     def update_average(self) -> None:
         """Move the weight EMA, where it is on; after the optimizer and the codebooks have moved."""
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.unwrapped)
+        if self.trained.average is not None:
+            self.trained.average.update()
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens `every` n steps, and at the last one, happens after this step."""
@@ -253,8 +277,13 @@ class TrainingRun:
 
     def finish(self, figures: dict[str, float]) -> None:
         """Save the final model, and the result that marks the run as complete."""
+        save: Callable[..., Any] = self.unwrapped.save_pretrained
+        with averaged(self.trained.average):
+            if is_sharded(self.unwrapped):
+                save = partial(save, state_dict=whole_state(self.unwrapped.state_dict(), keep=self.is_main))
+            if self.is_main:
+                save_model(save, self.folder)
         if self.is_main:
-            save_model(self.evaluated_model.save_pretrained, self.folder)
             result = {
                 "steps": self.total_steps,
                 "seconds": round(self.seconds, 2),
@@ -268,24 +297,3 @@ class TrainingRun:
             write_json(self.folder / RESULT, result)
         self.accelerator.wait_for_everyone()
         self.log.print(str(self.folder), "saved")
-
-    def _should_stop(self, step: int) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stop.requested
-        # A signal that one process handles alone would leave the others waiting: they agree at logging steps.
-        if not self.due(self.config.log_every, step):
-            return False
-        flag = torch.tensor(float(self.stop.requested), device=self.device)
-        stops: Tensor = self.accelerator.reduce(flag, "sum")
-        return bool(stops > 0)
-
-
-def _make_accelerator(config: RunConfig) -> Accelerator:
-    if config.tracker == "tensorboard" and not is_tensorboard_available():
-        raise ValueError("tracker=tensorboard needs the package tensorboard: pip install 'tessera-images[tensorboard]'")
-    return make_accelerator(
-        config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation_steps,
-        log_with=config.tracker if config.tracker != "none" else None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
-    )

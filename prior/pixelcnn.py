@@ -15,6 +15,7 @@ from configs.layout import CodeGrid, CodeLayout
 from configs.validation import Count, CountOrZero, Range
 from prior.autoregressive import AutoregressivePrior, CodeByCode
 from prior.base import PriorConfig
+from prior.coarser_codes import CoarserCodes
 from prior.rms_norm import RMSNorm
 from prior.transformer import Attention, LayerCache, code_positions, rotary_table
 
@@ -62,6 +63,7 @@ class PixelCNN(AutoregressivePrior):
 
     config_class = PixelCNNConfig
     config: PixelCNNConfig
+    _no_split_modules = ["GatedLayer"]
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
@@ -271,30 +273,3 @@ class AttentionBlock(nn.Module):
         # Under autocast x is in bfloat16, and a norm with float32 weights takes float32.
         normed = self.norm(x.type_as(self.norm.weight))
         return x + self.dropout(self.attention(normed, rotary, causal=True, cache=cache))
-
-
-class CoarserCodes(nn.Module):
-    """The codes of a coarser grid as a map over the modelled one: residual 3x3 convolutions, then nearest neighbours.
-
-    Args:
-        grid: the coarser grid; each depth has embeddings of its own, which are summed.
-        shape: height and width of the modelled grid.
-        width: channels.
-    """
-
-    def __init__(self, grid: CodeGrid, shape: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.grid, self.shape = grid, shape
-        self.embedding = nn.Embedding(grid.depth * grid.vocab_size, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
-            for _ in range(3)
-        )
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """A map `(B, h, w, width)` of codes `(B, num_codes)` int64."""
-        tables = torch.arange(self.grid.depth, device=codes.device) * self.grid.vocab_size
-        x = self.embedding(codes.unflatten(1, (*self.grid.shape, self.grid.depth)) + tables).sum(-2).movedim(-1, 1)
-        for block in self.blocks:
-            x = x + block(x)
-        return F.interpolate(x, size=self.shape, mode="nearest").movedim(1, -1)

@@ -41,6 +41,7 @@ class TransformerPrior(Prior):
     config_class = TransformerPriorConfig
     config: TransformerPriorConfig
     supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
 
     def __init__(self, config: TransformerPriorConfig, special_codes: int = 0) -> None:
         super().__init__(config)

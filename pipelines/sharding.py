@@ -1,0 +1,61 @@
+"""Models whose parameters are spread over processes (FSDP2): whole for a while, and to and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of it; memory is shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state(state: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors in CPU memory of their own; where some are sharded, every process must ask at once.
+
+    Args:
+        state: tensors by name.
+        keep: whether this process wants them; one that does not only helps.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+        if keep:
+            found[name] = whole.cpu().contiguous().clone()
+    return found
+
+
+def as_kept(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like`, with its strides, which may be channels last, or sharded as it is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights of a model, so that any of its methods works on any one process.
+
+    A model that is not sharded stays as it is.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.reshard()  # what was gathered before may be older than the weights
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
