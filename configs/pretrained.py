@@ -56,8 +56,9 @@ class StrictLoading:
     def _init_weights(self, module: Any) -> None:
         """Nothing: layers draw their own weights, and transformers would redraw every one of them as N(0, 0.02)."""
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> Any:
         """None: codes are embedded in several tables; sharding would treat a single one apart."""
+        return None
 
     def checkpoint_activations(self: Any) -> None:
         """Keep the inputs of blocks only, and compute what is inside again in the backward pass.
