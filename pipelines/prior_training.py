@@ -208,7 +208,7 @@ def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: 
 
 @torch.no_grad()
 def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConfig, step: int) -> None:
-    """A grid of samples, the same seeds every time; classes in turn. Every process draws: a sharded model asks for it."""
+    """A grid of samples, the same seeds every time; classes in turn. All processes draw: a sharded model needs them."""
     index = torch.arange(config.num_samples, device=run.device)
     with run.evaluated() as prior, run.accelerator.autocast():
         num_classes = prior.config.num_classes
