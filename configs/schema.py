@@ -168,10 +168,6 @@ class TokenizerTrainingConfig(RunConfig):
         for block in ("model", "quantizer"):
             if not isinstance(getattr(self, block).get("name"), str):
                 raise ValueError(f"{block} needs a name, got {getattr(self, block)!r}; give {block}.name=")
-        if self.mixed_precision == "fp16" and self.objective.adversarial_weight:
-            raise ValueError(
-                "mixed_precision=fp16 scales one loss; objective.adversarial_weight= brings a second: give bf16 or no"
-            )
         if self.train_only == "decoder" and self.init_from is None:
             raise ValueError("train_only=decoder tunes a saved tokenizer; give init_from=DIR")
         if self.train_only == "decoder" and self.quantize_after:
@@ -222,6 +218,8 @@ class PriorTrainingConfig(RunConfig):
     """AdamW's decay rates of the two moments."""
     weight_decay: NonNegative = 0.05
     """AdamW's weight decay of matrices; vectors, norms and embeddings have none."""
+    compile: bool = False
+    """Compile the network's blocks; the first steps take minutes. Needs a compiler."""
     activation_checkpointing: bool = False
     """Compute activations of the transformer's blocks again in the backward pass: less memory, more time."""
 

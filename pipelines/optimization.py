@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
 from configs.schema import RunConfig
 from tokenizer.quantizers import Quantizer
@@ -46,3 +50,27 @@ def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
         return config.learning_rate * warm
     past = max(0, step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+
+
+def step_optimizers(
+    accelerator: Accelerator, models: list[nn.Module], optimizers: dict[str, Optimizer], max_grad_norm: float
+) -> None:
+    """Clip the gradients of each model to a norm, where it is above 0; step; clear the gradients.
+
+    In float16 all losses have one scale, which changes after the last optimizer has stepped.
+    """
+    if max_grad_norm:
+        clip: Callable[..., Any] = accelerator.clip_grad_norm_  # takes the scale from the gradients of all optimizers
+        for module in models:
+            clip(module.parameters(), max_grad_norm)
+            clip = nn.utils.clip_grad_norm_
+    scaler = accelerator.scaler
+    for optimizer in optimizers.values():
+        if scaler is None:
+            optimizer.step()
+        elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()

@@ -223,11 +223,6 @@ def test_a_key_without_a_default_is_asked_for():
     [
         (RunConfig, ["batch_size=10", "accumulation_steps=4"], "batch_size=10 does not divide"),
         (TokenizerTrainingConfig, ["train_only=decoder"], "give init_from="),
-        (
-            TokenizerTrainingConfig,
-            ["mixed_precision=fp16", "objective.adversarial_weight=0.5"],
-            "mixed_precision=fp16 scales one loss; objective.adversarial_weight= brings a second: give bf16 or no",
-        ),
         (TokenizerTrainingConfig, ["model.name=3"], "model needs a name"),
         (PriorTrainingConfig, ["model.name="], "model needs a name"),
         (GenerationConfig, [], "give pipeline=DIR, or tokenizer=DIR and prior=DIR"),
