@@ -84,7 +84,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 codes, logged = learn(run, config, objective, batch.images, batch.seeds, step)
                 run.log.add(logged)
                 code_use.add(codes)
-            tokenizer.quantizer.update(step)
+            tokenizer.quantizer.update(step, config.seed)
             run.update_average()
             if run.due(config.log_every, step):
                 figures_of_codes, warning = code_use.take()
