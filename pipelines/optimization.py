@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -59,17 +57,17 @@ def step_optimizers(
 
     In float16 all losses have one scale, which changes after the last optimizer has stepped.
     """
-    if max_grad_norm:
-        clip: Callable[..., Any] = accelerator.clip_grad_norm_  # takes the scale from the gradients of all optimizers
-        for module in models:
-            clip(module.parameters(), max_grad_norm)
-            clip = nn.utils.clip_grad_norm_
     scaler = accelerator.scaler
-    for optimizer in optimizers.values():
-        if scaler is None:
-            optimizer.step()
-        elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            scaler.step(optimizer)
+    moving = list(optimizers.values())
+    if scaler is not None:
+        moving = [each for each in moving if any(p.grad is not None for g in each.param_groups for p in g["params"])]
+        for optimizer in moving:
+            scaler.unscale_(optimizer)
+    if max_grad_norm:
+        for module in models:
+            nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    for optimizer in moving:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
     for optimizer in optimizers.values():
