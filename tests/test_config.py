@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+import configs.evaluation
+import configs.generation
 import configs.schema
+from configs.evaluation import EvaluationConfig
+from configs.generation import GenerationConfig
 from configs.layout import CodeLayout
 from configs.loading import config_from_arguments, help_text, load_config, options_of, read_yaml, write_yaml
 from configs.pretrained import StrictConfig
 from configs.schema import (
     EncodingConfig,
-    EvaluationConfig,
-    GenerationConfig,
     ImagePreprocessing,
     PriorTrainingConfig,
     RunConfig,
@@ -32,7 +34,7 @@ from tokenizer.quantizers import QUANTIZERS
 CONFIGS = Path(configs.schema.__file__).parent
 SCHEMAS = [
     value
-    for value in vars(configs.schema).values()
+    for value in (vars(configs.schema) | vars(configs.generation) | vars(configs.evaluation)).values()
     if inspect.isclass(value) and issubclass(value, Schema) and value is not Schema
 ]
 TOKENIZER_CHOICES = {"model": TOKENIZER_CONFIGS, "quantizer": QUANTIZERS}
