@@ -27,7 +27,8 @@ PRIOR = ["model.width=16", "model.num_layers=2", "model.dropout=0"]
 GPT = ["model.name=gpt", "model.num_heads=2", *PRIOR]
 MASKGIT = ["model.name=maskgit", "model.num_heads=2", *PRIOR, "sampling.steps=3"]
 PIXELCNN = ["model.name=pixelcnn", *PRIOR]
-VQVAE = [*TINY_MODEL, *TINY_QUANTIZER, "data.crop=random", "data.flip=true"]
+# A low rate: what Adam makes of rounding can flip which of two codes is nearer.
+VQVAE = [*TINY_MODEL, *TINY_QUANTIZER, "data.crop=random", "data.flip=true", "learning_rate=0.0003"]
 REVIVAL = ["quantizer.revive_after=2", "weight_ema=0.9"]
 VQGAN = [*TINY_VQGAN, *TINY_QUANTIZER, *ADVERSARIAL, "data.flip=true", "learning_rate=0.0003"]
 
