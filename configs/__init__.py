@@ -6,12 +6,12 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
+from configs.evaluation import EvaluationConfig
+from configs.generation import GenerationConfig
 from configs.loading import load_config
 from configs.schema import (
     DataConfig,
     EncodingConfig,
-    EvaluationConfig,
-    GenerationConfig,
     ObjectiveConfig,
     PriorTrainingConfig,
     SourceConfig,

@@ -1,4 +1,4 @@
-"""The keys of every script, with defaults, units and meaning: what `--help` prints and a run folder records."""
+"""The keys of training and encoding, with defaults, units and meaning: what `--help` prints and a run records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from configs.objective import ObjectiveConfig
-from configs.sampling import SamplingOptions
 from configs.validation import Count, CountOrZero, NonNegative, Range, Schema, Seed, Share
 
 PixelSize = Annotated[int, Range(1, 16384)]
@@ -168,10 +167,6 @@ class TokenizerTrainingConfig(RunConfig):
         for block in ("model", "quantizer"):
             if not isinstance(getattr(self, block).get("name"), str):
                 raise ValueError(f"{block} needs a name, got {getattr(self, block)!r}; give {block}.name=")
-        if self.mixed_precision == "fp16" and self.objective.adversarial_weight:
-            raise ValueError(
-                "mixed_precision=fp16 scales one loss; objective.adversarial_weight= brings a second: give bf16 or no"
-            )
         if self.train_only == "decoder" and self.init_from is None:
             raise ValueError("train_only=decoder tunes a saved tokenizer; give init_from=DIR")
         if self.train_only == "decoder" and self.quantize_after:
@@ -222,6 +217,8 @@ class PriorTrainingConfig(RunConfig):
     """AdamW's decay rates of the two moments."""
     weight_decay: NonNegative = 0.05
     """AdamW's weight decay of matrices; vectors, norms and embeddings have none."""
+    compile: bool = False
+    """Compile the network's blocks; the first steps take minutes. Needs a compiler."""
     activation_checkpointing: bool = False
     """Compute activations of the transformer's blocks again in the backward pass: less memory, more time."""
 
@@ -229,71 +226,3 @@ class PriorTrainingConfig(RunConfig):
         super().validate()
         if not isinstance(self.model.get("name"), str):
             raise ValueError(f"model needs a name, got {self.model!r}; give model.name=")
-
-
-@dataclass
-class GenerationConfig(SamplingOptions):
-    """Sample new images."""
-
-    pipeline: str | None = None
-    """A saved pipeline's folder or hub name; or give tokenizer= and prior=."""
-    tokenizer: str | None = None
-    """A tokenizer's run folder or saved model."""
-    prior: str | None = None
-    """A prior's run folder or saved model."""
-    output_dir: str = "runs/samples"
-    """Folder for numbered PNGs and grid.png; it must be empty or new."""
-    num_images: Count = 16
-    """How many images; with labels=each, how many of each class."""
-    labels: Any = None
-    """One class (number or name), a list of num_images of them, or each; by default without a class."""
-    seed: Seed = 0
-    """Image i depends on (seed, i) only."""
-    batch_size: Count = 64
-    """Images sampled at once."""
-    grid: list[Count] | None = None
-    """Rows and columns of codes, for images larger than the prior was trained on."""
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """Options that this prior alone has: maskgit's steps, order, schedule and choice_temperature."""
-    compile: bool = False
-    """Compile the steps of sampling; worth its minutes for many images. Needs a compiler."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
-    """Autocast type."""
-
-    def validate(self) -> None:
-        super().validate()
-        given = [name for name in ("pipeline", "tokenizer", "prior") if getattr(self, name)]
-        if given not in (["pipeline"], ["tokenizer", "prior"]):
-            raise ValueError(f"give pipeline=DIR, or tokenizer=DIR and prior=DIR, got {' and '.join(given) or 'none'}")
-
-
-@dataclass
-class EvaluationConfig(Schema):
-    """Measure a tokenizer on images, and a prior on codes."""
-
-    tokenizer: str | None = None
-    """A tokenizer's run folder or saved model: PSNR, codebook usage and perplexity on data."""
-    prior: str | None = None
-    """A prior's run folder or saved model: bits per code on codes."""
-    data: SourceConfig = field(default_factory=SourceConfig)
-    """Images for the tokenizer."""
-    codes: str = "runs/codes"
-    """Codes for the prior."""
-    split: str = "test"
-    """Split of the images and codes."""
-    batch_size: Count = 128
-    """Images per forward pass."""
-    num_samples: CountOrZero = 0
-    """Images to draw from the prior at once: its speed, and the codes that differ from those of eager float32."""
-    compile: bool = False
-    """Compile the steps of that sampling. Needs a compiler."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
-    """Autocast type."""
-    output_file: str | None = None
-    """Where to write the figures as JSON; they are printed in any case."""
-
-    def validate(self) -> None:
-        if self.tokenizer is None and self.prior is None:
-            raise ValueError("give tokenizer=DIR, prior=DIR or both")
-        if (self.num_samples and self.prior is None) or (self.compile and not self.num_samples):
-            raise ValueError("compile=true is for the images of num_samples=, which prior= draws: give both of these")

@@ -6,6 +6,7 @@ flat fixed-size list of `layout.num_codes` numbers in the smallest unsigned type
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,3 +177,11 @@ def _from_readonly(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def digest(codes: Tensor, labels: Tensor | None) -> str:
+    """SHA-256 of codes and labels, to notice that they changed."""
+    found = hashlib.sha256(codes.contiguous().numpy().data)
+    if labels is not None:
+        found.update(labels.numpy().data)
+    return found.hexdigest()

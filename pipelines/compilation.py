@@ -1,4 +1,4 @@
-"""torch.compile for the parts of a tokenizer's training, which keep their names."""
+"""torch.compile for the parts of trainings, which keep their names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from prior import Prior
 from tokenizer import ImageTokenizer
 
 
@@ -23,6 +24,18 @@ def require_compiler(device: torch.device) -> None:
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("compile=true on a GPU needs the package triton: pip install triton")
+
+
+def compile_blocks(prior: Prior, device: torch.device) -> None:
+    """Let each block of a prior be compiled when it is first called; state dicts stay as they are.
+
+    Raises:
+        ValueError: where nothing can be compiled.
+    """
+    require_compiler(device)
+    for module in prior.modules():
+        if type(module).__name__ in (prior._no_split_modules or ()):
+            module.compile()
 
 
 def compile_tokenizer(tokenizer: ImageTokenizer) -> None:

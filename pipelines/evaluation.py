@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.evaluation import EvaluationConfig
 from configs.random_streams import mix
-from configs.schema import EvaluationConfig
 from pipelines import metrics
 from pipelines.code_data import load_code_info, load_code_tensor
 from pipelines.code_use import CodeUse

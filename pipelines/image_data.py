@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -108,6 +110,14 @@ class ImageDataset(torch.utils.data.Dataset):
         """The pixels of each row, or the error that its file gave."""
         images = self.rows[list(rows)]["image"]
         return [self._decode(r, image, at) for r, image, at in zip(rows, images, crops, strict=True)]
+
+    def digest(self) -> str:
+        """SHA-256 of all labels and of 256 image files spread over all of them, to notice that the images changed."""
+        found = hashlib.sha256(self.labels.numpy().data)
+        for image in self.rows[torch.linspace(0, len(self) - 1, min(len(self), 256)).long().tolist()]["image"]:
+            data = image["bytes"] if image["bytes"] or not image["path"] else Path(image["path"]).read_bytes()
+            found.update(hashlib.sha256(data or b"").digest())
+        return found.hexdigest()
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch | ValueError:
         rows = torch.tensor([row for row, _ in items])

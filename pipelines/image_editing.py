@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.layout import CodeLayout
 from configs.random_streams import mix, uniform
-from pipelines.pipeline_base import GenerationOutput, Labels, PipelineBase, as_list, check_counts
+from pipelines.pipeline_base import GenerationOutput, Labels, PipelineBase, as_list, check_counts, collect
 from pipelines.preprocessing import to_mask
 
 _WHERE = 1
@@ -73,7 +73,7 @@ class ImageEditing(PipelineBase):
                 decoded = torch.where(pixels[index][:, None], decoded, originals[index].cpu())
             return codes, decoded
 
-        return self.in_batches(len(pictures), numbers, batch_size, seed, output_type, draw)
+        return collect(self.draw_batches(len(pictures), numbers, batch_size, seed, draw), output_type)
 
     @torch.no_grad()
     def variations(
@@ -113,7 +113,7 @@ class ImageEditing(PipelineBase):
             unknown = random_positions(self.prior.code_layout, strength, mix(seeds, _WHERE))
             return self._redraw(original.expand(len(index), -1, -1, -1), unknown, numbers, index, seeds, sampling)
 
-        return self.in_batches(num_images, numbers, batch_size, seed, output_type, draw)
+        return collect(self.draw_batches(num_images, numbers, batch_size, seed, draw), output_type)
 
     def _redraw(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.random_streams import mix
 from pipelines.image_editing import ImageEditing
 from pipelines.larger_grids import check_grid, sample_larger
-from pipelines.pipeline_base import GenerationOutput, Labels, check_counts
+from pipelines.pipeline_base import DrawnBatch, GenerationOutput, Labels, check_counts, collect
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,6 @@ class ImageGenerationPipeline(ImageEditing):
         ValueError: where the prior was trained on another layout, or on codes of another tokenizer.
     """
 
-    @torch.no_grad()
     def __call__(
         self,
         num_images: int = 1,
@@ -67,6 +66,44 @@ class ImageGenerationPipeline(ImageEditing):
             ValueError: for unknown classes and options out of range.
             TypeError: for options that the prior does not have.
         """
+        batches = self.batches(
+            num_images,
+            labels,
+            batch_size=batch_size,
+            seed=seed,
+            part=(0, 1),
+            grid=grid,
+            best_of=best_of,
+            classifier=classifier,
+            known=known,
+            known_mask=known_mask,
+            **sampling,
+        )
+        return collect(batches, output_type)
+
+    def batches(
+        self,
+        num_images: int = 1,
+        labels: Labels = None,
+        *,
+        batch_size: int = 64,
+        seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        grid: Sequence[int] | None = None,
+        best_of: int = 1,
+        classifier: Classifier | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        **sampling: Any,
+    ) -> Iterator[DrawnBatch]:
+        """The images of a call with the same arguments a batch at a time, each drawn when it is asked for.
+
+        Args:
+            part: (i, n) gives the i-th of n runs of batches, counted from 0, so that n processes draw what one would.
+
+        Raises:
+            ValueError: for unknown classes and counts, before anything is drawn; otherwise as a call.
+        """
         check_counts(num_images=num_images, batch_size=batch_size, best_of=best_of)
         numbers = self.label_numbers(labels, num_images)
         if (best_of > 1) != (classifier is not None) or (best_of > 1 and numbers is None):
@@ -75,16 +112,18 @@ class ImageGenerationPipeline(ImageEditing):
                 "labels together"
             )
         larger = None if grid is None else check_grid(self.prior, grid)
-        given = {name: part for name, part in (("known", known), ("known_mask", known_mask)) if part is not None}
-        for name, part in given.items():
-            if part.shape != (num_images, *self.prior.code_layout.shape) or larger is not None:
-                expected = (num_images, *self.prior.code_layout.shape)
-                raise ValueError(f"{name} has shape {expected}, without grid=, got {tuple(part.shape)} and grid={grid}")
+        both = {"known": known, "known_mask": known_mask}
+        given = {name: codes for name, codes in both.items() if codes is not None}
+        expected = (num_images, *self.prior.code_layout.shape)
+        for name, codes in given.items():
+            if codes.shape != expected or larger is not None:
+                came = f"{tuple(codes.shape)} and grid={grid}"
+                raise ValueError(f"{name} has shape {expected}, without grid=, got {came}")
 
         def draw(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
             classes = None if numbers is None else numbers[index].to(self.device)
             if larger is None:
-                here = {name: part[index.to(part.device)] for name, part in given.items()}
+                here = {name: codes[index.to(codes.device)] for name, codes in given.items()}
                 codes = self.prior.sample(len(index), classes, seeds=seeds, **here, **sampling)
             else:
                 codes = sample_larger(self.prior, larger, len(index), classes, seeds=seeds, **sampling)
@@ -92,20 +131,26 @@ class ImageGenerationPipeline(ImageEditing):
             return codes.cpu(), decode(codes.to(self.tokenizer.device)).float().cpu()
 
         def draw_best(index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-            codes, images = draw(index, seeds)
             if classifier is None:
-                return codes, images
+                return draw(index, seeds)
             assert numbers is not None
-            best = self._probability(classifier, images, numbers[index])
-            for candidate in range(1, best_of):
-                others = draw(index, mix(seeds, candidate))
-                score = self._probability(classifier, others[1], numbers[index])
-                better = score > best
-                codes[better], images[better] = others[0][better], others[1][better]
-                best = torch.maximum(best, score)
-            return codes, images
+            candidates = (draw(index, mix(seeds, number) if number else seeds) for number in range(best_of))
+            return self._likeliest(candidates, classifier, numbers[index])
 
-        return self.in_batches(num_images, numbers, batch_size, seed, output_type, draw_best)
+        return self.draw_batches(num_images, numbers, batch_size, seed, draw_best, part)
+
+    def _likeliest(
+        self, candidates: Iterator[tuple[Tensor, Tensor]], classifier: Classifier, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of several draws of codes and images, each image that a classifier finds likeliest to be of its class."""
+        codes, images = next(candidates)
+        best = self._probability(classifier, images, classes)
+        for others in candidates:
+            score = self._probability(classifier, others[1], classes)
+            better = score > best
+            codes[better], images[better] = others[0][better], others[1][better]
+            best = torch.maximum(best, score)
+        return codes, images
 
     def _probability(self, classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
         """What a classifier thinks of images `(B, C, H, W)` being of their class, `(B,)`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
 from configs.schema import RunConfig
 from tokenizer.quantizers import Quantizer
@@ -46,3 +48,27 @@ def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
         return config.learning_rate * warm
     past = max(0, step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+
+
+def step_optimizers(
+    accelerator: Accelerator, models: list[nn.Module], optimizers: dict[str, Optimizer], max_grad_norm: float
+) -> None:
+    """Clip the gradients of each model to a norm, where it is above 0; step; clear the gradients.
+
+    In float16 all losses have one scale, which changes after the last optimizer has stepped.
+    """
+    scaler = accelerator.scaler
+    moving = list(optimizers.values())
+    if scaler is not None:
+        moving = [each for each in moving if any(p.grad is not None for g in each.param_groups for p in g["params"])]
+        for optimizer in moving:
+            scaler.unscale_(optimizer)
+    if max_grad_norm:
+        for module in models:
+            nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    for optimizer in moving:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -42,6 +42,22 @@ class GenerationOutput:
     """`(N, *code_layout.shape)` int64."""
     labels: list[int] | None
     """The class of each image; None where they were sampled without."""
+    seed: int
+    """Image i is drawn again by the same seed and index."""
+
+
+@dataclass
+class DrawnBatch:
+    """Some of the images of a call."""
+
+    index: Tensor
+    """`(B,)` int64: which of the call's images they are."""
+    labels: Tensor | None
+    """`(B,)` int64; None where they were sampled without."""
+    codes: Tensor
+    """`(B, *code_layout.shape)` int64."""
+    images: Tensor
+    """`(B, C, H, W)` float32 in [-1, 1]."""
     seed: int
     """Image i is drawn again by the same seed and index."""
 
@@ -125,35 +141,41 @@ class PipelineBase:
             raise ValueError(f"expected one label or num_images={num_images} of them, got {len(numbers)}")
         return torch.tensor(numbers, dtype=torch.int64)
 
-    def in_batches(
+    def draw_batches(
         self,
         num_images: int,
         numbers: Tensor | None,
         batch_size: int,
         seed: int | None,
-        output_type: str,
         draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> GenerationOutput:
-        """What `draw` makes of the indices `(B,)` and seeds `(B,)` of images, a batch at a time."""
-        if output_type not in ("pil", "tensor"):
-            raise ValueError(f"output_type should be pil or tensor, got {output_type!r}")
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[DrawnBatch]:
+        """What `draw` makes of the indices `(B,)` and seeds `(B,)` of images, a batch at a time.
+
+        Args:
+            num_images: of all parts.
+            numbers: the classes of all images, `(num_images,)` int64.
+            batch_size: images at once.
+            seed: image i depends on (seed, i) only; None draws a seed.
+            draw: gives codes and images `(B, C, H, W)`.
+            part: (i, n) draws the i-th of n runs of batches, counted from 0.
+        """
         if seed is not None and (not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63):
             raise ValueError(f"seed should be an integer of 64 bits, got {seed!r}")
-        seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-        codes, images = [], []
-        with tqdm(total=num_images, desc="sampling", unit="img", disable=None if self.progress_bar else True) as bar:
-            for index in torch.arange(num_images).split(batch_size):
-                drawn, decoded = draw(index, image_seeds(seed, index))
-                codes.append(drawn)
-                images.append(decoded)
-                bar.update(len(index))
-        pixels = torch.cat(images)
-        return GenerationOutput(
-            images=to_pil(pixels) if output_type == "pil" else pixels,
-            codes=torch.cat(codes),
-            labels=None if numbers is None else numbers.tolist(),
-            seed=seed,
-        )
+        key = int.from_bytes(os.urandom(4)) if seed is None else seed
+        batches, (i, n) = torch.arange(num_images).split(batch_size), part
+        mine = batches[len(batches) * i // n : len(batches) * (i + 1) // n]
+
+        @torch.no_grad()
+        def drawn() -> Iterator[DrawnBatch]:
+            shown = None if self.progress_bar else True
+            with tqdm(total=sum(map(len, mine)), desc="sampling", unit="img", disable=shown) as bar:
+                for index in mine:
+                    codes, images = draw(index, image_seeds(key, index))
+                    bar.update(len(index))
+                    yield DrawnBatch(index, None if numbers is None else numbers[index], codes, images, key)
+
+        return drawn()
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Pictures of any size and mode as the tokenizer's input, `(B, C, H, W)` float32 in [-1, 1]."""
@@ -231,6 +253,25 @@ class PipelineBase:
         """
         options = {} if dtype is None else {"dtype": dtype}
         return cls(ImageTokenizer.from_pretrained(tokenizer, **options), Prior.from_pretrained(prior, **options))
+
+
+def collect(batches: Iterator[DrawnBatch], output_type: str) -> GenerationOutput:
+    """All batches of a call as one.
+
+    Raises:
+        ValueError: for an unknown output_type, before anything is drawn.
+    """
+    if output_type not in ("pil", "tensor"):
+        raise ValueError(f"output_type should be pil or tensor, got {output_type!r}")
+    drawn = list(batches)
+    pixels = torch.cat([batch.images for batch in drawn])
+    labels = [batch.labels for batch in drawn if batch.labels is not None]
+    return GenerationOutput(
+        images=to_pil(pixels) if output_type == "pil" else pixels,
+        codes=torch.cat([batch.codes for batch in drawn]),
+        labels=torch.cat(labels).tolist() if labels else None,
+        seed=drawn[0].seed,
+    )
 
 
 def as_list(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:

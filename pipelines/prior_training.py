@@ -12,20 +12,17 @@ from torch import Tensor
 from configs.random_streams import mix
 from configs.schema import PriorTrainingConfig
 from configs.validation import from_mapping
-from pipelines.code_data import CodeInfo, load_code_info, load_code_tensor, load_codes
+from pipelines.code_data import CodeInfo, digest, load_code_info, load_code_tensor, load_codes
+from pipelines.compilation import compile_blocks
 from pipelines.evaluation import evaluate_prior
 from pipelines.index_stream import hold_out
 from pipelines.open_run import open_run
 from pipelines.pictures import picture_grid
-from pipelines.run_folder import read_json, write_json
 from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from pipelines.zero import configure_zero
 from prior import Prior, build_prior
 from tokenizer import ImageTokenizer
-
-SOURCE_FILE = "source.json"
-"""Beside the checkpoints: the fingerprint of the codes that the run is trained on."""
 
 Split = tuple[Tensor, Tensor | None]
 """Codes `(N, *layout.shape)` in their stored type, and labels `(N,)` or None."""
@@ -45,9 +42,10 @@ def train_prior(config: PriorTrainingConfig) -> Path:
         config = run.config  # type: ignore[assignment]
         configure_zero(run.accelerator, config, run.checkpoint)
         info = load_code_info(config.codes)
-        _require_same_codes(run, info, config.codes)
         prior = _make_prior(config, info)
         train, validation = _load_splits(config, prior.config.num_classes > 0)
+        digests = {"training codes": digest(*train)} | ({"validation codes": digest(*validation)} if validation else {})
+        run.require_same_data({"the codes' tokenizer": info.fingerprint} | digests)
         if run.plan(len(train[0])):
             return run.folder
         tokenizer, why_no_pictures = _find_tokenizer(config, info)
@@ -64,9 +62,9 @@ def train_prior(config: PriorTrainingConfig) -> Path:
             },
             len(train[0]),
         )
+        if config.compile:
+            compile_blocks(prior, run.device)
         run.prepare(prior)
-        if run.is_main:
-            write_json(run.folder / SOURCE_FILE, {"fingerprint": info.fingerprint})
         if tokenizer is not None:
             tokenizer.to(run.device)
         batches = _code_batches(run, train, config)
@@ -96,17 +94,6 @@ def train_prior(config: PriorTrainingConfig) -> Path:
             figures = _validate(run, validation, info, run.total_steps - 1)
         run.finish(figures)
         return run.folder
-
-
-def _require_same_codes(run: TrainingRun, info: CodeInfo, codes: str) -> None:
-    """Refuse to go on with a run on codes that another tokenizer made, where the same folder held others before."""
-    trained_on = read_json(run.folder / SOURCE_FILE)
-    going_on = run.checkpoint is not None or run.result is not None
-    if going_on and trained_on is not None and trained_on["fingerprint"] != info.fingerprint:
-        raise ValueError(
-            f"{run.folder} was trained on codes of another tokenizer than those in {codes} now: the fingerprints are "
-            f"{trained_on['fingerprint'][:12]} and {info.fingerprint[:12]}; choose another output_dir"
-        )
 
 
 def _make_prior(config: PriorTrainingConfig, info: CodeInfo) -> Prior:
@@ -187,6 +174,7 @@ def _code_batches(
         )
 
 
+@torch.compiler.set_stance("force_eager")  # other batch sizes and modes would be compiled anew
 def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: int) -> dict[str, float]:
     """Figures over the validation split, logged; none where there is no such split."""
     if validation is None:
@@ -208,6 +196,7 @@ def _validate(run: TrainingRun, validation: Split | None, info: CodeInfo, step: 
     return figures
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def _draw(run: TrainingRun, tokenizer: ImageTokenizer, config: PriorTrainingConfig, step: int) -> None:
     """A grid of samples, the same seeds every time; classes in turn. All processes draw: a sharded model needs them."""

@@ -19,6 +19,8 @@ from configs.validation import Schema
 MANIFEST = "manifest.json"
 RESULT = "result.json"
 CONFIG = "config.yaml"
+SOURCE = "source.json"
+"""Digests of the data that a run is trained on."""
 
 # Keys that a resumed run may change: they do not change what is computed, except for where it ends.
 FREE_KEYS = {
@@ -171,6 +173,27 @@ def require_same_run(run: Path, schema: type[Schema], config: dict[str, Any], tr
         raise ValueError(
             f"{run} holds another run: {'; '.join(differing)}. "
             "Choose another output_dir, or the same values to go on with it"
+        )
+
+
+def require_same_source(run: Path, found: dict[str, str], trained: bool) -> None:
+    """Refuse to go on with data that changed under a run.
+
+    Args:
+        run: the run folder.
+        found: digests of the data as it is now, each under what it is of.
+        trained: whether the folder holds anything worth keeping.
+
+    Raises:
+        ValueError: with what has changed.
+    """
+    recorded = read_json(run / SOURCE) or {}
+    changed = [what for what, digest in found.items() if recorded.get(what, digest) != digest]
+    if trained and changed:
+        digests = ", ".join(f"{what} {recorded[what][:12]} there and {found[what][:12]} now" for what in changed)
+        raise ValueError(
+            f"{run} was trained on other data than there is now: digests are {digests}; bring the data back as it was, "
+            "or choose another output_dir"
         )
 
 

@@ -49,6 +49,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         train, validation = _make_datasets(run, config, tokenizer, source, train_rows, validation_rows)
         if run.plan(len(train)):  # broken images that were skipped make an epoch shorter
             return run.folder
+        digests = {"training images": train.digest()}
+        run.require_same_data(digests | ({"validation images": validation.digest()} if validation else {}))
         if config.quantize_after >= run.total_steps:
             raise ValueError(
                 f"quantize_after={config.quantize_after} leaves none of {run.total_steps} steps to quantize"
@@ -84,7 +86,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 codes, logged = learn(run, config, objective, batch.images, batch.seeds, step)
                 run.log.add(logged)
                 code_use.add(codes)
-            tokenizer.quantizer.update(step)
+            tokenizer.quantizer.update(step, config.seed)
             run.update_average()
             if run.due(config.log_every, step):
                 figures_of_codes, warning = code_use.take()

@@ -24,15 +24,17 @@ from configs.schema import RunConfig
 from pipelines.checkpoints import TrainedState, load_optimizers, load_random_state, load_weights, save_checkpoint
 from pipelines.devices import describe_hardware, peak_memory_mib
 from pipelines.index_stream import IndexStream
-from pipelines.optimization import learning_rate, make_optimizer
+from pipelines.optimization import learning_rate, make_optimizer, step_optimizers
 from pipelines.run_folder import (
     RESULT,
+    SOURCE,
     checkpoint_folder,
     discard_checkpoints_after,
     lock,
     newest_whole_checkpoint,
     read_json,
     require_same_run,
+    require_same_source,
     save_model,
     write_config,
     write_json,
@@ -65,7 +67,6 @@ class TrainingRun:
     unwrapped: PreTrainedModel
     trained: TrainedState
     total_steps = 0
-    source: dict[str, Any] | None = None
     second: nn.Module | None = None
     locked: IO[str] | None = None
 
@@ -92,6 +93,7 @@ class TrainingRun:
         self.agreement = StopAgreement(self.stop, self.accelerator)
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
+        self.source: dict[str, str] = {}
         set_seed(config.seed)
 
     def plan(self, num_items: int) -> bool:
@@ -115,6 +117,15 @@ class TrainingRun:
             self.log.print(f"{self.folder} is complete: {self.total_steps} steps")
             return True
         return False
+
+    def require_same_data(self, found: dict[str, str]) -> None:
+        """Record digests of the data, each under what it is of; refuse those that changed since an earlier sitting.
+
+        Raises:
+            ValueError: with what has changed.
+        """
+        require_same_source(self.folder, found, trained=self.checkpoint is not None or self.result is not None)
+        self.source = found
 
     def announce(self, model: PreTrainedModel, lines: dict[str, str], num_items: int) -> None:
         """Print what is about to be trained."""
@@ -141,6 +152,7 @@ class TrainingRun:
         if self.is_main:
             self.locked = lock(self.folder)
             write_config(self.folder, self.recorded)
+            write_json(self.folder / SOURCE, self.source)
             discard_checkpoints_after(self.folder, self.start_step)
         self.log.cut_after(self.start_step)
         modules = {"model": model.to(self.device)} | ({} if second is None else {"second": second.to(self.device)})
@@ -230,23 +242,8 @@ class TrainingRun:
 
     def optimizer_step(self) -> None:
         """Clip, step and clear the gradients at the end of the accumulation; nothing before it."""
-        if not self.accelerator.sync_gradients or self.trained.engine is not None:  # which has done it in backward
-            return
-        if self.config.max_grad_norm:
-            clip: Callable[..., Any] = self.accelerator.clip_grad_norm_  # of all optimizers it takes the scale away
-            for module in self.models:
-                clip(module.parameters(), self.config.max_grad_norm)
-                clip = nn.utils.clip_grad_norm_
-        scaler = self.accelerator.scaler
-        for optimizer in self.trained.optimizers.values():
-            if scaler is None:
-                optimizer.step()
-            elif any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()  # once for all: a scale that changed in between would not be that of the gradients
-        for optimizer in self.trained.optimizers.values():
-            optimizer.zero_grad()
+        if self.accelerator.sync_gradients and self.trained.engine is None:  # an engine has done it in backward
+            step_optimizers(self.accelerator, self.models, self.trained.optimizers, self.config.max_grad_norm)
 
     @property
     def models(self) -> list[nn.Module]:

@@ -100,7 +100,8 @@ class MaskGIT(TransformerPrior):
         """The loss over masked codes in training; in evaluation the bound on the negative log probability, a code.
 
         In training the sum over the masked codes is divided by their expected number, so that the loss of a batch is
-        the mean over its images however they are split into parts.
+        the mean over its images however they are split into parts; so is masked_bits_per_code, the same in bits and
+        without label smoothing.
         """
         self.check_condition(condition, len(codes))
         if not self.training:
@@ -117,12 +118,13 @@ class MaskGIT(TransformerPrior):
         logits = self.hide_foreign_codes(self._logits(flat, masked, labels), slice(None))
         log_p = logits.log_softmax(-1)
         losses = -log_p.gather(-1, flat[..., None])[..., 0]
-        nats = (losses * masked).sum() / masked.sum()
+        expected = B * self.expected_count
+        nats = (losses * masked).sum() / expected
         if smoothing := self.config.label_smoothing:
             possible = log_p.isfinite()
             spread = -log_p.where(possible, 0).sum(-1) / possible.sum(-1)
             losses = (1 - smoothing) * losses + smoothing * spread
-        loss = (losses * masked).sum() / (B * self.expected_count)
+        loss = (losses * masked).sum() / expected
         return PriorOutput(loss, {"masked_bits_per_code": nats.detach() / math.log(2)})
 
     def negative_log_prob_bound(

@@ -53,8 +53,11 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 100.0) -> Tenso
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate pairs of channels of `(..., L, head_dim)` by the angles of `rotary_table`, in float32."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled():
         return _rotated(x, *rotary)
+    if torch.compiler.is_compiling():  # a compiler makes one pass of it, and of its gradient
+        (first, second), (cos, sin) = x.float().chunk(2, dim=-1), rotary
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
     return _Rotation.apply(x, rotary)
 
 

@@ -1,7 +1,7 @@
 """Measure a tokenizer on images, a prior on codes, or both: scripts/evaluate.py tokenizer=DIR data.dataset=..."""
 
 from configs.command_line import run
-from configs.schema import EvaluationConfig
+from configs.evaluation import EvaluationConfig
 from pipelines import evaluate
 
 if __name__ == "__main__":

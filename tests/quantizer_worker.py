@@ -273,7 +273,7 @@ def train(case: Case, rank: int = 0, world: int = 1) -> list[dict[str, dict[str,
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        quantizer.update(step)
+        quantizer.update(step, seed=5)
         found.append({"state": state_of(quantizer), "gradients": gradients, "losses": losses, "codes": codes})
     return found
 

@@ -14,8 +14,9 @@ import torch
 from conftest import TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN
 from PIL import Image
 
+from configs.generation import GenerationConfig
 from configs.loading import load_config
-from configs.schema import EncodingConfig, GenerationConfig, PriorTrainingConfig, TokenizerTrainingConfig
+from configs.schema import EncodingConfig, PriorTrainingConfig, TokenizerTrainingConfig
 from pipelines import encode_dataset, train_prior, train_tokenizer
 from pipelines.devices import explain_out_of_memory
 from pipelines.generation import generate

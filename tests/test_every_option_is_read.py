@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import configs.evaluation
+import configs.generation
 import configs.sampling
 import configs.schema
 from configs.loading import options_of
@@ -30,10 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_READS = {"validate", "check_options"}
 """Functions that look at a value without acting on it."""
 
+DECLARED = vars(configs.schema) | vars(configs.generation) | vars(configs.evaluation)
 SCHEMAS = [
-    value
-    for value in vars(configs.schema).values()
-    if inspect.isclass(value) and issubclass(value, Schema) and value is not Schema
+    value for value in DECLARED.values() if inspect.isclass(value) and issubclass(value, Schema) and value is not Schema
 ]
 BLOCKS = {hint for schema in SCHEMAS for hint in field_hints(schema).values() if hint in SCHEMAS}
 BUILT = [s for s in SCHEMAS if s in BLOCKS or s is ImagePreprocessing or not s.__subclasses__()]
@@ -135,7 +136,7 @@ def reads(sources: list[str], types: Types) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def read() -> dict[str, set[str]]:
-    sources = [inspect.getsource(module) for module in (configs.schema, configs.sampling)]
+    sources = [inspect.getsource(module) for module in (configs.schema, configs.generation, configs.sampling)]
     return reads([*SOURCES, *sources], schema_types())
 
 
@@ -154,7 +155,7 @@ def is_read(cls: type, field: str, found: dict[str, set[str]]) -> bool:
 )
 def test_every_field_of_every_schema_is_read(key, read):
     name, _, field = key.partition(".")
-    assert is_read(vars(configs.schema)[name], field, read), f"nothing reads {key}: use it or remove it"
+    assert is_read(DECLARED[name], field, read), f"nothing reads {key}: use it or remove it"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,10 +20,16 @@ from PIL import Image
 from prior_cases import IMAGE, random_codes, tiny_prior
 from torch import Tensor
 
+import pipelines.generation
+from configs.evaluation import EvaluationConfig
+from configs.generation import GenerationConfig
 from configs.loading import load_config, read_yaml
-from configs.schema import EvaluationConfig, GenerationConfig
+from configs.schema import SourceConfig
 from pipelines import ImageGenerationPipeline, evaluate, generate
 from pipelines.evaluation import evaluate_prior
+from pipelines.image_files import NumberedFiles
+from pipelines.image_sources import load_source
+from pipelines.pipeline_base import DrawnBatch
 from prior import Prior
 from prior.autoregressive import AutoregressiveOptions
 
@@ -156,6 +166,134 @@ def test_a_failed_call_leaves_no_folder(parts: list[str], tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="unknown class 'horse'"):
         run(tmp_path / "samples", *parts, "labels=horse")
     assert list(tmp_path.iterdir()) == []
+
+
+def rows_of(folder: Path, cache: Path) -> datasets.Dataset:
+    """images.parquet as anyone reads it."""
+    return datasets.load_dataset(
+        "parquet", data_files=str(folder / "images.parquet"), split="train", cache_dir=str(cache)
+    )
+
+
+def test_a_parquet_file_is_an_image_dataset_of_the_pictures_that_files_would_be(
+    parts: list[str], tmp_path: Path
+) -> None:
+    options = [*parts, "num_images=3", "labels=each", "batch_size=4", "seed=5"]
+    files = run(tmp_path / "files", *options)
+    table = run(tmp_path / "table", *options, "format=parquet")
+    assert sorted(path.name for path in table.iterdir()) == ["grid.png", "images.parquet"]
+    assert (table / "grid.png").read_bytes() == (files / "grid.png").read_bytes()
+    rows = rows_of(table, tmp_path / "cache")
+    assert rows.features == datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]), index=datasets.Value("int64")
+    )
+    assert rows["index"][:] == list(range(6))
+    assert rows["label"][:] == [0, 0, 0, 1, 1, 1]
+    found = pixels(files)
+    for index, row in enumerate(rows):
+        np.testing.assert_array_equal(np.array(row["image"]), found[f"{index:05d}.png"])
+    raw = rows.cast_column("image", datasets.Image(decode=False))
+    assert [row["image"]["bytes"] for row in raw] == [(files / f"{i:05d}.png").read_bytes() for i in range(6)]
+    with pq.ParquetFile(table / "images.parquet") as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "files", "table"]
+
+
+def test_without_classes_there_is_no_label_column(parts: list[str], tmp_path: Path) -> None:
+    rows = rows_of(run(tmp_path / "table", *parts, "num_images=2", "format=parquet"), tmp_path / "cache")
+    assert rows.column_names == ["image", "index"]
+
+
+def test_a_parquet_file_is_a_source_of_images(parts: list[str], tmp_path: Path) -> None:
+    table = run(tmp_path / "table", *parts, "num_images=3", "labels=dog", "format=parquet")
+    source = load_source(SourceConfig(dataset=str(table / "images.parquet")))
+    assert source.class_names == ["cat", "dog"]
+    assert {name: len(rows) for name, rows in source.splits.items()} == {"train": 3}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "name"), [(16, "00007.png"), (100_000, "00007.png"), (100_001, "000007.png"), (10**7, "0000007.png")]
+)
+def test_numbers_have_as_many_digits_as_the_last(tmp_path: Path, num_images: int, name: str) -> None:
+    image, index = torch.zeros(1, 1, 4, 4), torch.tensor([7])
+    batch = DrawnBatch(index=index, labels=None, codes=index, images=image, seed=0)
+    NumberedFiles(tmp_path, num_images, None).write([batch], 0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_each_batch_is_written_and_let_go_before_the_next_but_one_is_drawn(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    held, written = [], []
+    batches = ImageGenerationPipeline.batches
+
+    def watched(pipeline: ImageGenerationPipeline, *arguments: Any, **options: Any) -> Iterator[DrawnBatch]:
+        for batch in batches(pipeline, *arguments, **options):
+            alive.append(weakref.ref(batch.images))
+            held.append(sum(images() is not None for images in alive))
+            written.append(len(list(tmp_path.glob(".samples.partial-*/*.png"))))
+            yield batch
+
+    monkeypatch.setattr(ImageGenerationPipeline, "batches", watched)
+    run(tmp_path / "samples", *parts, "num_images=9", "batch_size=2", f"format={form}")
+    assert len(alive) == 5
+    assert max(held) <= 2
+    assert written == ([0, 2, 4, 6, 8] if form == "png" else [0] * 5)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_an_error_in_the_second_batch_leaves_nothing_behind(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    calls, sample = [], Prior.sample
+
+    def failing(prior: Prior, *arguments: Any, **options: Any) -> Any:
+        calls.append(len(list(tmp_path.iterdir())))
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return sample(prior, *arguments, **options)
+
+    monkeypatch.setattr(Prior, "sample", failing)
+    with pytest.raises(ValueError, match="lower batch_size=2"):
+        run(tmp_path / "samples", *parts, "num_images=5", "batch_size=2", f"format={form}")
+    assert calls == [1, 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_grid_shows_no_more_images_than_one_can_look_at(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines.generation, "_SHOWN", 4)
+    each = pixels(run(tmp_path / "each", *parts, "num_images=3", "labels=each"))
+    assert each["grid.png"].shape[:2] == (2 * 64 + 3 * 2, 2 * 64 + 3 * 2)
+    # The second row shows the first images of the second class.
+    shown = each["grid.png"][68:132:4, 2:66:4], each["grid.png"][68:132:4, 68:132:4]
+    np.testing.assert_array_equal(shown[0], each["00003.png"])
+    np.testing.assert_array_equal(shown[1], each["00004.png"])
+    some = run(tmp_path / "some", *parts, "num_images=6", "format=parquet", "batch_size=3")
+    assert pixels(some)["grid.png"].shape[:2] == (2 * 64 + 3 * 2, 2 * 64 + 3 * 2)
+
+
+def test_parts_of_a_call_together_are_the_call(tokenizer_run: Path, prior_run: Path) -> None:
+    pipeline = ImageGenerationPipeline.from_parts(tokenizer_run, prior_run)
+    whole = pipeline(7, labels=[0, 1, 1, 0, 1, 0, 0], seed=3, output_type="tensor")
+    for count in (1, 2, 3, 5):
+        drawn = [
+            batch
+            for i in range(count)
+            for batch in pipeline.batches(7, labels=whole.labels, seed=3, batch_size=2, part=(i, count))
+        ]
+        assert [batch.index.tolist() for batch in drawn] == [[0, 1], [2, 3], [4, 5], [6]]
+        assert torch.equal(torch.cat([batch.codes for batch in drawn]), whole.codes)
+        torch.testing.assert_close(torch.cat([batch.images for batch in drawn]), whole.images, rtol=0, atol=1e-5)
+        assert [label for batch in drawn for label in batch.labels.tolist()] == whole.labels
+
+
+def test_a_call_has_no_part(tokenizer_run: Path, prior_run: Path) -> None:
+    with pytest.raises(TypeError, match="part"):
+        ImageGenerationPipeline.from_parts(tokenizer_run, prior_run)(4, part=(0, 2))
 
 
 def test_evaluating_a_tokenizer_gives_the_figures_of_its_own_run(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ADVERSARIAL, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
+from process_cases import processes
 from safetensors.torch import load_file
 
 from configs.loading import load_config
@@ -21,22 +19,6 @@ from prior import Prior
 from tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.slow
-
-
-def two_processes(root: Path, script: str, overrides: list[str]) -> str:
-    """Run a script in two CPU processes; its output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(root / "scripts" / script), *overrides],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -72,7 +54,7 @@ def test_a_tokenizer_trained_by_two_processes_equals_that_of_one(
     common = [*TINY_MODEL, *TINY_QUANTIZER, *TINY_RUN, "steps=4", "data.image_size=16", "mixed_precision=no"]
     common += [f"data.dataset={image_folder}", "data.num_workers=0", *options]
     one = train_tokenizer(load_config(TokenizerTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
-    printed = two_processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    printed = processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
     assert "2 process" in printed
     require_same_training(one, tmp_path / "two")
     assert ImageTokenizer.from_pretrained(tmp_path / "two").fingerprint
@@ -86,7 +68,7 @@ def test_a_vqgan_trained_by_two_processes_equals_that_of_one(
     common = [*TINY_VQGAN, *ADVERSARIAL, *TINY_QUANTIZER, *TINY_RUN, "steps=4", "data.image_size=16", *options]
     common += ["mixed_precision=no", f"data.dataset={image_folder}", "data.num_workers=0", "learning_rate=0.0001"]
     one = train_tokenizer(load_config(TokenizerTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
-    two_processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    processes(root, "train_tokenizer.py", [*common, f"output_dir={tmp_path / 'two'}"])
     require_same_training(one, tmp_path / "two")
     last = "checkpoints/step-00000004/second.safetensors"
     torch.testing.assert_close(load_file(tmp_path / "two" / last), load_file(one / last), rtol=0, atol=1e-4)
@@ -95,7 +77,7 @@ def test_a_vqgan_trained_by_two_processes_equals_that_of_one(
 def test_a_prior_trained_by_two_processes_equals_that_of_one(root: Path, code_folder: Path, tmp_path: Path) -> None:
     common = [*TINY_PRIOR, *TINY_RUN, "model.dropout=0", "steps=4", "mixed_precision=no", f"codes={code_folder}"]
     one = train_prior(load_config(PriorTrainingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
-    printed = two_processes(root, "train_prior.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    printed = processes(root, "train_prior.py", [*common, f"output_dir={tmp_path / 'two'}"])
     assert "2 process" in printed
     require_same_training(one, tmp_path / "two")
     assert Prior.from_pretrained(tmp_path / "two").config.fingerprint == Prior.from_pretrained(one).config.fingerprint
@@ -106,7 +88,7 @@ def test_two_processes_encode_every_image_once_and_in_order(
 ) -> None:
     common = [f"tokenizer={tokenizer_run}", f"data.dataset={image_folder}", "batch_size=5", "data.num_workers=0"]
     one = encode_dataset(load_config(EncodingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
-    two_processes(root, "encode_dataset.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    processes(root, "encode_dataset.py", [*common, f"output_dir={tmp_path / 'two'}"])
     for split, count in (("train", 12), ("test", 6)):
         codes, labels = load_code_tensor(tmp_path / "two", split)
         expected, expected_labels = load_code_tensor(one, split)
@@ -128,7 +110,7 @@ def test_a_run_of_one_process_goes_on_with_two(root: Path, image_folder: Path, t
 
     one = train_tokenizer(config("one", 4))
     train_tokenizer(config("two", 2))
-    printed = two_processes(root, "train_tokenizer.py", [*common, "steps=4", f"output_dir={tmp_path / 'two'}"])
+    printed = processes(root, "train_tokenizer.py", [*common, "steps=4", f"output_dir={tmp_path / 'two'}"])
     assert "from step 2" in printed
     mine, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one / "model.safetensors")
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
@@ -136,6 +118,6 @@ def test_a_run_of_one_process_goes_on_with_two(root: Path, image_folder: Path, t
 
 def test_a_dry_run_of_two_processes_leaves_nothing(root: Path, image_folder: Path, tmp_path: Path) -> None:
     common = [*TINY_MODEL, *TINY_QUANTIZER, *TINY_RUN, "data.image_size=16", f"data.dataset={image_folder}"]
-    printed = two_processes(root, "train_tokenizer.py", [*common, "dry_run=true", f"output_dir={tmp_path / 'run'}"])
+    printed = processes(root, "train_tokenizer.py", [*common, "dry_run=true", f"output_dir={tmp_path / 'run'}"])
     assert "all went well" in printed
     assert list(tmp_path.iterdir()) == []

@@ -14,17 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ADVERSARIAL, TINY_MODEL, TINY_PRIOR, TINY_QUANTIZER, TINY_RUN, TINY_VQGAN
+from datasets import DatasetDict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from configs.loading import load_config
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
-from pipelines import train_prior, train_tokenizer
+from pipelines import load_codes, train_prior, train_tokenizer
+from pipelines.code_data import load_code_info, make_split
 
 STEPS = 7
 
@@ -43,6 +46,7 @@ OPTIONS = {
     ),
     "encoder warm-up": ("tokenizer", ["quantize_after=3", "quantizer.codebook_start=kmeans"]),
     "gpt with dropout and weight EMA": ("prior", ["model.dropout=0.2", "weight_ema=0.9"]),
+    "maskgit": ("prior", ["model.name=maskgit", "model.width=16", "model.num_layers=2", "model.num_heads=2"]),
     "gpt with accumulation": ("prior", ["model.dropout=0.2", "accumulation_steps=2", "sample_every=2"]),
 }
 
@@ -379,7 +383,7 @@ def test_a_prior_does_not_go_on_with_codes_of_another_tokenizer(
     train("prior", f"codes={codes}")
     info = json.loads((codes / "codes.json").read_text())
     (codes / "codes.json").write_text(json.dumps(info | {"fingerprint": "0" * 64, "tokenizer": None}))
-    with pytest.raises(ValueError, match="was trained on codes of another tokenizer"):
+    with pytest.raises(ValueError, match="digests are the codes' tokenizer "):
         train("prior", f"codes={codes}")
 
 
@@ -399,3 +403,55 @@ def test_two_processes_cannot_train_in_one_folder(train: Train, tmp_path: Path) 
             train("tokenizer")
         other.kill()
     train("tokenizer")
+
+
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_a_tokenizer_does_not_go_on_with_images_that_changed(
+    train: Train, tmp_path: Path, image_folder: Path, changed: str
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    stopped(train, 2, "tokenizer", f"data.dataset={images}")
+    first, second = (images / changed / "cat" / f"{i}.png" for i in (0, 1))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    what = "training" if changed == "train" else "validation"
+    with pytest.raises(ValueError, match=rf"was trained on other data than there is now: digests are {what} images "):
+        train("tokenizer", f"data.dataset={images}")
+    first.write_bytes(kept)
+    assert figures(train("tokenizer", f"data.dataset={images}"))["steps"] == STEPS
+
+
+def test_a_prior_does_not_go_on_with_codes_that_changed(train: Train, tmp_path: Path, code_folder: Path) -> None:
+    codes, info = load_codes(code_folder), load_code_info(code_folder)
+    rows = codes["train"]
+    changed = make_split(np.array(rows["codes"][:])[::-1], np.array(rows["label"][:]), info)
+    shutil.copytree(code_folder, tmp_path / "codes")
+    stopped(train, 2, "prior", f"codes={tmp_path / 'codes'}")
+    shutil.rmtree(tmp_path / "codes")
+    DatasetDict(train=changed, test=codes["test"]).save_to_disk(str(tmp_path / "codes"))
+    info.write(tmp_path / "codes")
+    with pytest.raises(ValueError, match=r"digests are training codes \w+ there and \w+ now"):
+        train("prior", f"codes={tmp_path / 'codes'}")
+
+
+def test_a_resumed_run_continues_the_curves_of_tensorboard(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with after_step(6, crash), pytest.raises(OSError, match="power"):
+        train("tokenizer", "tracker=tensorboard")
+    events = EventAccumulator(str(train("tokenizer", "tracker=tensorboard") / "tessera"))
+    events.Reload()
+    # Step 5 was logged twice: the checkpoint is of step 4.
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_its_run_of_wandb(train: Train, tmp_path: Path) -> None:
+    stopped(train, 3, "tokenizer", "tracker=wandb")
+    name = json.loads((tmp_path / "run" / "tracker.json").read_text())["wandb"]
+    run = train("tokenizer", "tracker=wandb")
+    assert json.loads((run / "tracker.json").read_text())["wandb"] == name
+    sittings = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(sittings) == 2
+    assert all(sitting.endswith(name) for sitting in sittings)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from prior_cases import GRIDS, IMAGE, random_codes, tiny_prior
 
+from configs.evaluation import EvaluationConfig
 from configs.loading import load_config
-from configs.schema import EvaluationConfig
 from pipelines import evaluate
 from pipelines.devices import make_accelerator
 from pipelines.sampling_figures import measure_sampling

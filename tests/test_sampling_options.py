@@ -10,9 +10,9 @@ import pytest
 import torch
 from prior_cases import GRIDS, IMAGE, ROW, sample_without_cache, tiny_prior
 
+from configs.generation import GenerationConfig
 from configs.loading import load_config
 from configs.sampling import SamplingOptions
-from configs.schema import GenerationConfig
 from prior import PRIORS
 from prior.maskgit import MaskGITOptions
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from configs.command_line import run
-from configs.schema import EncodingConfig, GenerationConfig
+from configs.generation import GenerationConfig
+from configs.schema import EncodingConfig
 from configs.validation import Schema, field_docs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -197,9 +197,9 @@ def test_the_quantizer_is_annealed_before_and_updated_after_all_micro_batches_of
             calls.append("micro-batch")
             super().observe(vectors, codes)
 
-        def update(self, step: int) -> None:
+        def update(self, step: int, seed: int = 0) -> None:
             calls.append(("update", step))
-            super().update(step)
+            super().update(step, seed)
 
     calls: list[Any] = []
     monkeypatch.setitem(QUANTIZERS, "ema", Watched)

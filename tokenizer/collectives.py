@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,11 +52,18 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of the rows of all processes in order of rank, on every process; only the chosen rows travel."""
-    if num_processes() == 1:
-        return tensor[index]
-    local = index - process_index() * len(tensor)
-    mine = (local >= 0) & (local < len(tensor))
-    rows = tensor[local.clamp(0, len(tensor) - 1)]
-    return sum_over_processes(torch.where(mine.unsqueeze(1), rows, 0))
+def take_rows(parts: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Rows `index` of the rows of all processes, on every process; only the chosen rows travel.
+
+    Args:
+        parts: tensors `(N, ...)`, of equal sizes on all processes. Rows are numbered part by part, and within a part
+            process by process: micro-batches are parts of the global batch in this order.
+        index: `(M,)` int64.
+    """
+    rows, start = parts[0].new_zeros(len(index), *parts[0].shape[1:]), 0
+    for part in parts:
+        local = index - start - process_index() * len(part)
+        mine = (local >= 0) & (local < len(part))
+        rows = torch.where(mine.view(-1, *[1] * (rows.ndim - 1)), part[local.clamp(0, len(part) - 1)], rows)
+        start += len(part) * num_processes()
+    return sum_over_processes(rows)

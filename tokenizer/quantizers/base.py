@@ -187,8 +187,11 @@ class Quantizer(nn.Module, ABC):
     def anneal(self, progress: float) -> None:
         """Set scheduled values for the share of training that is done, in [0, 1]."""
 
-    def update(self, step: int) -> None:
-        """Move the codebook with what was quantized since the last call; `step` counts optimizer steps from 0."""
+    def update(self, step: int, seed: int = 0) -> None:
+        """Move the codebook with what was quantized since the last call; `step` counts optimizer steps from 0.
+
+        What is random about it is drawn from (seed, step, index in the global batch).
+        """
 
     def collapse_advice(self) -> str:
         """What to try where only few codes are in use, as `key=value`."""

@@ -110,7 +110,7 @@ class CodebookQuantizer(Quantizer):
             self.register_buffer("num_active", torch.tensor(initial_vocab_size))
         self._revive_share: float | None = 0.0
         self._target_size = initial_vocab_size
-        self._vectors: Tensor | None = None
+        self._vectors: list[Tensor] = []  # of each forward pass since the last update, (N, D)
         self._counts: Tensor | None = None
 
     def draw_codebook(self) -> Tensor:
@@ -124,8 +124,13 @@ class CodebookQuantizer(Quantizer):
     def set_codes(self, index: Tensor, vectors: Tensor) -> None:
         """Put codebook rows `index` `(M,)` onto `vectors` `(M, code_dim)`, on every process the same."""
 
-    def learn(self, counts: Tensor, step: int) -> None:
-        """Move the codebook, given how many vectors chose each code over all processes, `(K,)` float32."""
+    def learn(self, counts: Tensor, key: int) -> None:
+        """Move the codebook, given how many vectors chose each code over all processes, `(K,)` float32.
+
+        Args:
+            counts: `(K,)`.
+            key: of what is random about this step.
+        """
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The vectors `(..., code_dim)` of codes `(...)`."""
@@ -187,7 +192,7 @@ class CodebookQuantizer(Quantizer):
         """Remember what a training forward pass quantized, for `update`."""
         counts = count(codes, self.vocab_size)
         self._counts = counts if self._counts is None else self._counts.add_(counts)
-        self._vectors = vectors
+        self._vectors.append(vectors)
 
     def start(self, latents: Tensor) -> None:
         """Cluster the latents with k-means where `codebook_start` asks for it."""
@@ -210,46 +215,50 @@ class CodebookQuantizer(Quantizer):
             self._target_size = min(self.vocab_size, round(self.initial_vocab_size * growth))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        if self._counts is None or self._vectors is None:
+    def update(self, step: int, seed: int = 0) -> None:
+        if self._counts is None:
             return
-        with float32_only(self._vectors.device.type):
+        key = mix(seed, step)
+        with float32_only(self._counts.device.type):
             counts = sum_over_processes(self._counts)
-            self.learn(counts, step)
+            self.learn(counts, key)
             self.recent_counts.add_(counts)
             # The check reads numbers back from the device: once in revive_after steps, not in every one.
             num_moved = 0
             if self.revive_after and (step + 1) % self.revive_after == 0 and self._revive_share is not None:
-                num_moved = self._revive(self._revive_share, step)
+                num_moved = self._revive(self._revive_share, key)
             if self.initial_vocab_size and self._target_size > self.active_size:
-                self._grow(step, num_moved)
-        self._vectors = self._counts = None
+                self._grow(key, num_moved)
+        self._vectors, self._counts = [], None
 
-    def _revive(self, share: float, step: int) -> int:
+    def _revive(self, share: float, key: int) -> int:
         """Move little-used codes onto latents; returns how many."""
         recent = self.recent_counts[: self.active_size]
         mean = recent.mean()
         if mean < _LEAST_MEAN_COUNT:
             return 0
         little_used = (recent <= share * mean).nonzero().squeeze(1)
-        self.set_codes(little_used, distinct(self._random_latents(len(little_used), step)))
+        self.set_codes(little_used, distinct(self._random_latents(len(little_used), key)))
         self.recent_counts.zero_()
         return len(little_used)
 
-    def _grow(self, step: int, num_taken: int) -> None:
+    def _grow(self, key: int, num_taken: int) -> None:
         new = torch.arange(self.active_size, self._target_size, device=self.codebook.device)
-        self.set_codes(new, distinct(self._random_latents(num_taken + len(new), step))[num_taken:])
+        self.set_codes(new, distinct(self._random_latents(num_taken + len(new), key))[num_taken:])
         self.recent_counts[new] = self.recent_counts[: self.active_size].mean()  # they have a window to be chosen in
         self.num_active.fill_(self._target_size)
 
-    def _random_latents(self, count: int, step: int) -> Tensor:
-        """Latents `(count, D)` of the last micro-batch of all processes, at different positions as far as it goes.
+    def _num_latents(self) -> int:
+        return sum(map(len, self._vectors)) * num_processes()
 
-        Decided by the step and the index in the global batch, so that any number of processes takes the same.
+    def _random_latents(self, count: int, key: int) -> Tensor:
+        """Latents `(count, D)` of the global batch, at different positions as far as it goes.
+
+        Decided by the key and the index in the global batch, so that any number of processes and micro-batches takes
+        the same.
         """
-        assert self._vectors is not None
-        total = len(self._vectors) * num_processes()
-        order = mix(torch.arange(total, device=self._vectors.device), step).argsort()
+        total = self._num_latents()
+        order = mix(torch.arange(total, device=self._vectors[0].device), key).argsort()
         return take_rows(self._vectors, order[torch.arange(count, device=order.device) % total])
 
     def collapse_advice(self) -> str:

@@ -52,9 +52,9 @@ class CompositeQuantizer(Quantizer):
         for quantizer in self.inner:
             quantizer.anneal(progress)  # type: ignore[operator]
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, seed: int = 0) -> None:
         for quantizer in self.inner:
-            quantizer.update(step)  # type: ignore[operator]
+            quantizer.update(step, seed)  # type: ignore[operator]
 
     def collapse_advice(self) -> str:
         return self.first.collapse_advice().replace("quantizer.", "quantizer.quantizer.")

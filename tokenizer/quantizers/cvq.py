@@ -63,36 +63,35 @@ class CVQ(VectorQuantizer):
         if self.anchor == "random":
             self.pool[index] = vectors
 
-    def learn(self, counts: Tensor, step: int) -> None:
+    def learn(self, counts: Tensor, key: int) -> None:
         """Move each code towards its anchor, by how little it is used."""
-        assert self._vectors is not None
         self.usage.lerp_(counts / counts.sum(), 1 - self.decay)
         alpha = torch.exp(-self.usage * (self.vocab_size * 10 / (1 - self.decay)) - 1e-3)
         # Codes in use have an alpha that changes nothing, so no anchor is looked for. All processes agree on which.
         moving = (alpha[: self.active_size] > 1e-9).nonzero().squeeze(1)
         if self.anchor == "random":
-            self._fill_pool(self._vectors, step)
+            self._fill_pool(key)
         if len(moving):
             codes = self.codebook[moving].detach()
-            anchors = from_first_process(self._anchors(moving, codes, self._vectors, step))
+            anchors = from_first_process(self._anchors(moving, codes, key))
             self.codebook[moving] = torch.lerp(codes, anchors, alpha[moving].unsqueeze(1))
 
-    def _anchors(self, index: Tensor, codes: Tensor, vectors: Tensor, step: int) -> Tensor:
+    def _anchors(self, index: Tensor, codes: Tensor, key: int) -> Tensor:
         if self.anchor == "random":
             return self.pool[index]
         if self.anchor == "closest":
-            return _closest(self._normalised(codes), vectors)
-        sample = self._random_latents(min(SAMPLE_SIZE, len(vectors) * num_processes()), step)
-        return _draw_near(self._normalised(codes), sample, uniform(mix(index, step), 1))
+            return _closest(self._normalised(codes), torch.cat(self._vectors))
+        sample = self._random_latents(min(SAMPLE_SIZE, self._num_latents()), key)
+        return _draw_near(self._normalised(codes), sample, uniform(mix(index, key), 1))
 
-    def _fill_pool(self, vectors: Tensor, step: int) -> None:
+    def _fill_pool(self, key: int) -> None:
         """Put latents of the global batch into all slots of the pool, or into random ones where there are fewer."""
-        total = len(vectors) * num_processes()
-        slots = torch.arange(self.vocab_size, device=vectors.device)
+        total = self._num_latents()
+        slots = torch.arange(self.vocab_size, device=self.pool.device)
         if total >= self.vocab_size:
-            self.pool.copy_(take_rows(vectors, integer(mix(slots, step), 2, total)))
+            self.pool.copy_(take_rows(self._vectors, integer(mix(slots, key), 2, total)))
         else:
-            self.pool[mix(slots, step).argsort()[:total]] = gather_rows(vectors)
+            self.pool[mix(slots, key).argsort()[:total]] = take_rows(self._vectors, slots[:total])
 
 
 def _closest(codes: Tensor, vectors: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ def _closest(codes: Tensor, vectors: Tensor) -> Tensor:
     distances = gather_rows(squared_distances(codes, vectors[nearest]).unsqueeze(0))  # (processes, M)
     winner = distances.argmin(0)  # the first process of those that are equally near, as in one process
     nearest = gather_rows(nearest.unsqueeze(0)).gather(0, winner.unsqueeze(0)).squeeze(0)
-    return take_rows(vectors, winner * len(vectors) + nearest)
+    return take_rows([vectors], winner * len(vectors) + nearest)
 
 
 def _draw_near(codes: Tensor, vectors: Tensor, draws: Tensor) -> Tensor:

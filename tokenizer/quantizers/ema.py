@@ -51,7 +51,7 @@ class EMAQuantizer(CodebookQuantizer):
             self._sums = vectors.new_zeros(self.vocab_size, self.code_dim)
         self._sums.index_add_(0, codes, vectors)
 
-    def learn(self, counts: Tensor, step: int) -> None:
+    def learn(self, counts: Tensor, key: int) -> None:
         """Fold the batch into the averages."""
         assert self._sums is not None
         self.cluster_size.lerp_(counts, 1 - self.decay)
