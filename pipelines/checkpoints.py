@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from pipelines.run_folder import checkpoint_folder, flatten, prune_checkpoints, seal, write_json
 from pipelines.sharding import as_kept, whole_state
 from pipelines.weight_average import WeightAverage
+from pipelines.zero import load_engine, masters, save_engine
 
 
 @dataclass
@@ -27,6 +28,8 @@ class TrainedState:
     """Unwrapped: quantizer state is in their buffers."""
     optimizers: dict[str, Optimizer]
     average: WeightAverage | None = None
+    engine: Any = None
+    """DeepSpeed's, which keeps the optimizer's state and saves it itself."""
 
 
 def save_checkpoint(
@@ -45,10 +48,15 @@ def save_checkpoint(
         random_state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     save_file(random_state, partial / f"random-{accelerator.process_index}.safetensors")
     # All processes take part, because what is sharded is gathered; the main process writes.
-    weights = {name: whole_state(module.state_dict(), keep=is_main) for name, module in trained.modules.items()}
+    if trained.engine is not None:
+        save_engine(trained.engine, partial)
+        weights = {name: masters(module, keep=is_main) for name, module in trained.modules.items()}
+        moments = {}
+    else:
+        weights = {name: whole_state(module.state_dict(), keep=is_main) for name, module in trained.modules.items()}
+        moments = {name: _optimizer_state(optimizer, keep=is_main) for name, optimizer in trained.optimizers.items()}
     if trained.average is not None:
         weights["average"] = whole_state(trained.average.parameters, keep=is_main)
-    moments = {name: _optimizer_state(optimizer, keep=is_main) for name, optimizer in trained.optimizers.items()}
     if is_main:
         for name, tensors in weights.items():
             save_file(tensors, partial / f"{name}.safetensors")
@@ -75,6 +83,9 @@ def load_weights(checkpoint: Path, modules: dict[str, nn.Module]) -> dict[str, A
 
 def load_optimizers(checkpoint: Path, trained: TrainedState, updates: int) -> None:
     """Read what belongs to the parameters as they are kept, sharded or not: moments, and the weight average."""
+    if trained.engine is not None:
+        load_engine(trained.engine, checkpoint)
+        return
     for name, optimizer in trained.optimizers.items():
         _load_optimizer(optimizer, checkpoint / name)
     if trained.average is not None:

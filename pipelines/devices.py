@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+from pipelines.zero import require_deepspeed, use_on_cpus
 
 
 def default_device() -> torch.device:
@@ -48,18 +50,24 @@ def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator
     """Accelerate's object for this process, with `auto` precision resolved for the device it chooses.
 
     Raises:
-        ValueError: for a precision that the device does not have.
+        ValueError: for a precision that the device does not have, or where DeepSpeed is missing and asked for.
     """
+    require_deepspeed()
     # Accelerate keeps the first precision for all later objects of a process; one process may train and then encode.
     AcceleratorState._reset_state(reset_partial_state=False)
     device = default_device()
     precision = resolve_mixed_precision(mixed_precision, device)
     # Said outright, because several CPU processes under torchrun are one to Accelerate otherwise.
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
-    if accelerator.distributed_type is DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if accelerator.distributed_type is DistributedType.MULTI_CPU:
         # Accelerate shards on GPUs only; several CPU processes, for tests and small machines, can be told to.
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            use_on_cpus(accelerator, precision)
+        # Accelerate copies this over the other one whenever it looks at its state.
+        PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type
     return accelerator
 
 

@@ -20,6 +20,7 @@ from pipelines.open_run import open_run
 from pipelines.pictures import picture_grid
 from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
+from pipelines.zero import configure_zero
 from prior import Prior, build_prior
 from tokenizer import ImageTokenizer
 
@@ -39,6 +40,7 @@ def train_prior(config: PriorTrainingConfig) -> Path:
     """
     with open_run(config) as run:
         config = run.config  # type: ignore[assignment]
+        configure_zero(run.accelerator, config, run.checkpoint)
         info = load_code_info(config.codes)
         prior = _make_prior(config, info)
         train, validation = _load_splits(config, prior.config.num_classes > 0)

@@ -63,9 +63,9 @@ def _digest(file: Path) -> dict[str, Any]:
 
 
 def seal(partial: Path, folder: Path) -> None:
-    """Write the manifest of a finished checkpoint and give it its name."""
-    files = {file.name: _digest(file) for file in sorted(partial.iterdir()) if file.name != MANIFEST}
-    write_json(partial / MANIFEST, files)
+    """Write the manifest of a finished checkpoint, of folders in it too, and give it its name."""
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    write_json(partial / MANIFEST, {file.relative_to(partial).as_posix(): _digest(file) for file in files})
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

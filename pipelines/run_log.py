@@ -37,6 +37,11 @@ class RunLog:
             tqdm.write(f"{name:>14}  {text}" if name else text)
             sys.stdout.flush()  # a log file is read while the run goes on
 
+    def print_rows(self, rows: dict[str, str]) -> None:
+        """Several lines, each behind its name."""
+        for name, text in rows.items():
+            self.print(text, name)
+
     def warn_once(self, text: str | None) -> None:
         """Print a warning when it first applies, and again only after it stopped applying; None says that it does."""
         if text is not None and not self._warned:

@@ -6,9 +6,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def require_whole_models(accelerator: Accelerator) -> None:
+    """Refuse a launcher that would spread what is trained over processes, for a training where that cannot be done.
+
+    Raises:
+        ValueError: under FSDP or DeepSpeed.
+    """
+    names = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    if (name := names.get(accelerator.distributed_type)) is not None:
+        raise ValueError(
+            f"a tokenizer cannot be trained under {name}: its two models and the buffers of its codebook stay whole on "
+            "every process; use plain data parallelism, such as accelerate launch --multi_gpu, "
+            "or --config_file configs/accelerate/multi_gpu.yaml"
+        )
 
 
 def local_part(tensor: Tensor) -> Tensor:

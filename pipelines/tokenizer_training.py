@@ -19,6 +19,7 @@ from pipelines.image_data import ImageBatch, ImageDataset, default_num_workers, 
 from pipelines.image_sources import ImageSource, training_splits
 from pipelines.open_run import open_run
 from pipelines.pictures import reconstruction_grid
+from pipelines.sharding import require_whole_models
 from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from tokenizer import ImageTokenizer, build_tokenizer
@@ -36,6 +37,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     with open_run(config) as run:
+        require_whole_models(run.accelerator)
         config = run.config  # type: ignore[assignment]
         if config.dry_run:  # what comes later in a training is tried as well
             objective_now = dataclasses.replace(config.objective, adversarial_start=0)

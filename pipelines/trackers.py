@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_tensorboard_available
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available
 
 from configs.schema import RunConfig
 from pipelines.devices import make_accelerator
@@ -28,7 +28,8 @@ def make_run_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError("tracker=tensorboard needs the package tensorboard: pip install 'tessera-images[tensorboard]'")
     return make_accelerator(
         config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation_steps,
+        # As a plugin, because a launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the number itself.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.accumulation_steps),
         log_with=config.tracker if config.tracker != "none" else None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )

@@ -44,6 +44,8 @@ from pipelines.sharding import gathered, is_sharded, whole_state
 from pipelines.stop_signals import StopAgreement, StopSignals
 from pipelines.trackers import make_run_accelerator, start_tracker
 from pipelines.weight_average import WeightAverage, averaged
+from pipelines.weights import count_parameters
+from pipelines.zero import restore_masters
 
 DEFAULT_STEPS = 1000
 
@@ -127,10 +129,8 @@ class TrainingRun:
 
     def announce(self, model: PreTrainedModel, lines: dict[str, str], num_items: int) -> None:
         """Print what is about to be trained."""
-        parameters = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rows = {
-            "parameters": f"{parameters:,}" + (f" ({trainable:,} trained)" if trainable != parameters else ""),
+            "parameters": count_parameters(model),
             **lines,
             "steps": f"{self.total_steps:,} of {self.config.batch_size} images, "
             f"{num_items / self.config.batch_size:,.1f} an epoch",
@@ -139,8 +139,7 @@ class TrainingRun:
         }
         if self.start_step:
             rows["resuming"] = f"from step {self.start_step:,}"
-        for name, value in rows.items():
-            self.log.print(value, name)
+        self.log.print_rows(rows)
 
     def prepare(self, model: PreTrainedModel, second: nn.Module | None = None, second_rate: float = 1.0) -> None:
         """Put model and optimizer on the device, with the state of the newest checkpoint where there is one.
@@ -163,11 +162,12 @@ class TrainingRun:
             optimizers["second_optimizer"] = make_optimizer(self.config, second, second_rate)
         self.unwrapped = model
         # Together, because sharding gives the optimizer other parameters.
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizers["optimizer"])
+        self.model, _ = self.accelerator.prepare(model, optimizers["optimizer"])
         if second is not None:
             self.second, _ = self.accelerator.prepare(second, optimizers["second_optimizer"])
         average = WeightAverage(model, self.config.weight_ema) if self.config.weight_ema else None
-        self.trained = TrainedState(modules, optimizers, average)
+        engine = self.model if self.accelerator.deepspeed_plugin else None
+        self.trained = TrainedState(modules, optimizers, average, engine)
         if self.accelerator.process_index:  # network dropout: other noise for other images
             torch.manual_seed(mix(self.config.seed, self.accelerator.process_index))
         if self.checkpoint is not None:
@@ -242,7 +242,7 @@ class TrainingRun:
 
     def optimizer_step(self) -> None:
         """Clip, step and clear the gradients at the end of the accumulation; nothing before it."""
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.trained.engine is None:  # an engine has done it in backward
             step_optimizers(self.accelerator, self.models, self.trained.optimizers, self.config.max_grad_norm)
 
     @property
@@ -274,6 +274,7 @@ class TrainingRun:
 
     def finish(self, figures: dict[str, float]) -> None:
         """Save the final model, and the result that marks the run as complete."""
+        restore_masters(self.trained.engine)
         save: Callable[..., Any] = self.unwrapped.save_pretrained
         with averaged(self.trained.average):
             if is_sharded(self.unwrapped):

@@ -1,8 +1,15 @@
-"""Start a model from another one's weights."""
+"""How many weights a model has, and a start from another one's."""
 
 from __future__ import annotations
 
 from torch import nn
+
+
+def count_parameters(model: nn.Module) -> str:
+    """The number of a model's parameters, and of those that are trained where that is another."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{parameters:,}" + (f" ({trainable:,} trained)" if trainable != parameters else "")
 
 
 def load_matching_weights(model: nn.Module, saved: nn.Module, name: str) -> None:
