@@ -57,6 +57,8 @@ def make_accelerator(mixed_precision: str = "no", **options: Any) -> Accelerator
     AcceleratorState._reset_state(reset_partial_state=False)
     device = default_device()
     precision = resolve_mixed_precision(mixed_precision, device)
+    if device.type == "cpu" and PartialState._shared_state and PartialState().num_processes > 1:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU  # whatever it was told below
     # Said outright, because several CPU processes under torchrun are one to Accelerate otherwise.
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
     if accelerator.distributed_type is DistributedType.MULTI_CPU:

@@ -18,6 +18,7 @@ from pipelines.evaluation import evaluate_prior
 from pipelines.index_stream import hold_out
 from pipelines.open_run import open_run
 from pipelines.pictures import picture_grid
+from pipelines.sharding import require_fsdp2
 from pipelines.training_run import TrainingRun
 from pipelines.weights import load_matching_weights
 from pipelines.zero import configure_zero
@@ -40,6 +41,7 @@ def train_prior(config: PriorTrainingConfig) -> Path:
     """
     with open_run(config) as run:
         config = run.config  # type: ignore[assignment]
+        require_fsdp2(run.accelerator)
         configure_zero(run.accelerator, config, run.checkpoint)
         info = load_code_info(config.codes)
         prior = _make_prior(config, info)

@@ -28,6 +28,16 @@ def require_whole_models(accelerator: Accelerator) -> None:
         )
 
 
+def require_fsdp2(accelerator: Accelerator) -> None:
+    """Raise a ValueError under the first version of FSDP, whose parameters have other names and shapes."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type is DistributedType.FSDP else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version} of the launcher should be 2: "
+            "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+        )
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard, or all of it; memory is shared."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,9 @@ from configs.schema import PriorTrainingConfig, RunConfig, TokenizerTrainingConf
 from pipelines import train_prior, train_tokenizer
 from pipelines.devices import make_accelerator
 from pipelines.run_folder import is_whole, seal
+from pipelines.sharding import require_fsdp2
 from pipelines.trackers import make_run_accelerator
 from pipelines.zero import FOLDER, configure_zero, use_on_cpus
-
-# DeepSpeed is an extra that not every machine can build.
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
 
 
 def zero_accelerator(monkeypatch: pytest.MonkeyPatch, stage: int, config: RunConfig) -> Accelerator:
@@ -70,6 +69,15 @@ def test_a_tokenizer_training_that_would_be_sharded_is_refused_before_it_starts(
 def test_stage_3_is_refused_in_favour_of_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"stage 3 .*configs/accelerate/fsdp2\.yaml"):
         configure_zero(zero_accelerator(monkeypatch, 3, RunConfig()), RunConfig(), None)
+
+
+def test_the_first_version_of_fsdp_is_refused() -> None:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    launched: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    with pytest.raises(ValueError, match="fsdp_version=1 of the launcher should be 2: accelerate launch --config_file"):
+        require_fsdp2(launched)
+    state.fsdp_plugin.fsdp_version = 2
+    require_fsdp2(launched)
 
 
 def test_a_weight_average_is_refused_under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +180,7 @@ def launch(root: Path, code_folder: Path, tmp_path: Path) -> Launch:
     return run
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
@@ -186,7 +194,7 @@ def test_two_processes_under_deepspeed_train_as_one_does_without(stage: int, acc
             assert {key: ours[key] for key in kept} == pytest.approx({key: other[key] for key in kept}, abs=1e-4)
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2])
