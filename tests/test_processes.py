@@ -83,21 +83,22 @@ def test_a_prior_trained_by_two_processes_equals_that_of_one(root: Path, code_fo
     assert Prior.from_pretrained(tmp_path / "two").config.fingerprint == Prior.from_pretrained(one).config.fingerprint
 
 
-def test_two_processes_encode_every_image_once_and_in_order(
-    root: Path, image_folder: Path, tokenizer_run: Path, tmp_path: Path
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_several_processes_encode_every_image_once_and_in_order(
+    root: Path, image_folder: Path, tokenizer_run: Path, tmp_path: Path, num_processes: int
 ) -> None:
     common = [f"tokenizer={tokenizer_run}", f"data.dataset={image_folder}", "batch_size=5", "data.num_workers=0"]
     one = encode_dataset(load_config(EncodingConfig, None, [*common, f"output_dir={tmp_path / 'one'}"]))
-    processes(root, "encode_dataset.py", [*common, f"output_dir={tmp_path / 'two'}"])
+    processes(root, "encode_dataset.py", [*common, f"output_dir={tmp_path / 'several'}"], num_processes)
     for split, count in (("train", 12), ("test", 6)):
-        codes, labels = load_code_tensor(tmp_path / "two", split)
+        codes, labels = load_code_tensor(tmp_path / "several", split)
         expected, expected_labels = load_code_tensor(one, split)
         assert len(codes) == count
         assert torch.equal(codes, expected)
         assert labels is not None
         assert expected_labels is not None
         assert torch.equal(labels, expected_labels)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "several"]
 
 
 def test_a_run_of_one_process_goes_on_with_two(root: Path, image_folder: Path, tmp_path: Path) -> None:
