@@ -103,7 +103,7 @@ class RunConfig(Schema):
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this global norm; 0 is off."""
     weight_ema: Annotated[float, Range(0, 0.999999)] = 0.0
-    """Decay of a moving average of the weights, which then is evaluated and saved; it rises from 0.1. 0 is off."""
+    """Decay of a moving average of the weights, which then is evaluated and saved; it rises from 0. 0 is off."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast type; auto is bf16 where the hardware multiplies it natively, otherwise no."""
     seed: Seed = 0

@@ -14,8 +14,8 @@ from pipelines.sharding import local_part
 class WeightAverage:
     """Moving averages of the parameters, sharded as those are; buffers are not averaged.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that a short run is not an average with its random
-    start (as in TensorFlow's ExponentialMovingAverage with num_updates).
+    Update n, counted from 0, has the decay min(decay, n / (9 + n)): the first takes the weights as they are, and a
+    short run is not averaged with its random start (as TensorFlow's ExponentialMovingAverage has it, an update later).
 
     Args:
         model: what is averaged, as it is trained; sharded before, where it is to be sharded.
@@ -37,7 +37,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the model's weights, after they have moved."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = min(self.decay, self.num_updates / (9 + self.num_updates))
         averages = [local_part(tensor) for tensor in self.parameters.values()]
         weights = [local_part(parameter.detach()) for parameter in self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)

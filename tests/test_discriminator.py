@@ -13,6 +13,7 @@ from quantizer_cases import assert_same_state, state_of
 from torch import Tensor, nn
 
 from tokenizer.discriminator import build_discriminator, generator_loss, left_alone
+from tokenizer.norms import BatchNorm
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "patchgan": {"name": "patchgan", "channels": 4},
@@ -57,7 +58,7 @@ def test_patchgan_with_batch_norm_is_that_of_pix2pix(num_layers, in_channels):
     torch.testing.assert_close(dict(ours.named_buffers()), dict(published.named_buffers()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("norm", "layer"), [("none", []), ("group", [nn.GroupNorm]), ("batch", [nn.BatchNorm2d])])
+@pytest.mark.parametrize(("norm", "layer"), [("none", []), ("group", [nn.GroupNorm]), ("batch", [BatchNorm])])
 def test_patchgan_has_its_norm_after_all_but_the_first_and_last_convolution(norm, layer):
     kinds = [type(each) for each in tiny("patchgan", num_layers=2, norm=norm)]
     normed = [nn.Conv2d, *layer, nn.LeakyReLU]

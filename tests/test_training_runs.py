@@ -165,9 +165,10 @@ def test_the_saved_model_is_the_moving_average_of_the_weights(training: Train) -
     saved = weights(run)
     for name in states[0]:
         average = states[0][name]
-        for state in states[1:]:
+        for update, state in enumerate(states[1:], start=1):
+            decay = update / (9 + update)
             # Buffers, such as an EMA codebook, are those of the last step.
-            average = 0.6 * average + 0.4 * state[name] if name in parameters else state[name]
+            average = decay * average + (1 - decay) * state[name] if name in parameters else state[name]
         torch.testing.assert_close(saved[name], average, rtol=1e-5, atol=1e-7)
     assert any(not torch.equal(saved[name], states[-1][name]) for name in parameters)
 
