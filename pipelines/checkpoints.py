@@ -56,7 +56,7 @@ def save_checkpoint(
         weights = {name: whole_state(module.state_dict(), keep=is_main) for name, module in trained.modules.items()}
         moments = {name: _optimizer_state(optimizer, keep=is_main) for name, optimizer in trained.optimizers.items()}
     if trained.average is not None:
-        weights["average"] = whole_state(trained.average.parameters, keep=is_main)
+        weights["average"] = whole_state(trained.average.state(), keep=is_main)
     if is_main:
         for name, tensors in weights.items():
             save_file(tensors, partial / f"{name}.safetensors")
@@ -65,8 +65,7 @@ def save_checkpoint(
             write_json(partial / f"{name}.json", {"param_groups": groups})
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         state = {"step": step, "seconds": seconds, "processes": accelerator.num_processes, "scaler": scaler}
-        updates = 0 if trained.average is None else trained.average.num_updates
-        write_json(partial / "state.json", state | {"average_updates": updates})
+        write_json(partial / "state.json", state)
     accelerator.wait_for_everyone()
     if is_main:
         seal(partial, folder)
@@ -81,7 +80,7 @@ def load_weights(checkpoint: Path, modules: dict[str, nn.Module]) -> dict[str, A
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def load_optimizers(checkpoint: Path, trained: TrainedState, updates: int) -> None:
+def load_optimizers(checkpoint: Path, trained: TrainedState) -> None:
     """Read what belongs to the parameters as they are kept, sharded or not: moments, and the weight average."""
     if trained.engine is not None:
         load_engine(trained.engine, checkpoint)
@@ -89,10 +88,7 @@ def load_optimizers(checkpoint: Path, trained: TrainedState, updates: int) -> No
     for name, optimizer in trained.optimizers.items():
         _load_optimizer(optimizer, checkpoint / name)
     if trained.average is not None:
-        saved = load_file(checkpoint / "average.safetensors")
-        averages = trained.average.parameters
-        trained.average.parameters = {name: as_kept(saved[name], like) for name, like in averages.items()}
-        trained.average.num_updates = updates
+        trained.average.load(load_file(checkpoint / "average.safetensors"))
 
 
 def load_random_state(checkpoint: Path, accelerator: Accelerator) -> None:

@@ -115,8 +115,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """SHA-256 of all labels and of 256 image files spread over all of them, to notice that the images changed."""
         found = hashlib.sha256(self.labels.numpy().data)
         for image in self.rows[torch.linspace(0, len(self) - 1, min(len(self), 256)).long().tolist()]["image"]:
-            data = image["bytes"] if image["bytes"] or not image["path"] else Path(image["path"]).read_bytes()
-            found.update(hashlib.sha256(data or b"").digest())
+            data = image["bytes"] or b""
+            if not data and image["path"] and Path(image["path"]).is_file():  # decoding names a file that is missing
+                data = Path(image["path"]).read_bytes()
+            found.update(hashlib.sha256(data).digest())
         return found.hexdigest()
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch | ValueError:

@@ -71,9 +71,10 @@ def as_kept(value: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all weights of a model, so that any of its methods works on any one process.
+    """Inside, every process holds all weights of a model, so that any of its methods works.
 
-    A model that is not sharded stays as it is.
+    All processes call the same ones, because sharded modules keep count of their calls. A model that is not sharded
+    stays as it is.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:

@@ -172,7 +172,7 @@ class TrainingRun:
             torch.manual_seed(mix(self.config.seed, self.accelerator.process_index))
         if self.checkpoint is not None:
             self.earlier_seconds = state["seconds"]
-            load_optimizers(self.checkpoint, self.trained, state["average_updates"])
+            load_optimizers(self.checkpoint, self.trained)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if state["processes"] == self.accelerator.num_processes:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from pipelines.sharding import local_part
+from pipelines.sharding import as_kept, local_part
 
 
 class WeightAverage:
@@ -42,6 +42,15 @@ class WeightAverage:
         weights = [local_part(parameter.detach()) for parameter in self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.num_updates += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the averages, sharded or not, and how many updates they have had."""
+        return self.parameters | {"num_updates": torch.tensor(self.num_updates)}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Go on from a whole `state`."""
+        self.parameters = {name: as_kept(saved[name], like) for name, like in self.parameters.items()}
+        self.num_updates = int(saved["num_updates"])
 
     @contextmanager
     @torch.no_grad()

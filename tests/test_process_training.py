@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ADVERSARIAL, TINY_MODEL, TINY_QUANTIZER, TINY_VQGAN, metrics, weights
+from process_cases import processes
 from safetensors.torch import load_file
 
 from configs.loading import load_config
@@ -80,20 +78,8 @@ class Trainings:
     def start(self, num_processes: int = 2) -> str:
         """Do the jobs; what they printed."""
         (self.folder / "jobs.json").write_text(json.dumps(self.jobs))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.root}:{self.root / 'tests'}"}
-        done = subprocess.run(
-            [*launcher, str(self.root / "tests" / "training_worker.py"), str(self.folder / "jobs.json")],
-            cwd=self.root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        self.jobs = []
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+        jobs, self.jobs = [str(self.folder / "jobs.json")], []
+        return processes(self.root, self.root / "tests" / "training_worker.py", jobs, num_processes, timeout=900)
 
 
 @pytest.fixture(scope="module")
