@@ -57,6 +57,7 @@ class TrainingRun:
         accelerator: Accelerate's, with the resolved precision.
         folder: the run folder.
         log: where lines, metrics and pictures go.
+        started: whether earlier sittings left anything worth keeping.
         start_step: optimizer steps done by earlier sittings.
         total_steps: optimizer steps in all; set by `plan`.
         model: what the loop calls, after `prepare`; `unwrapped` is the model itself.
@@ -75,8 +76,8 @@ class TrainingRun:
         self.folder = Path(config.output_dir)
         self.checkpoint = newest_whole_checkpoint(self.folder)
         self.result = read_json(self.folder / RESULT)
-        started = self.checkpoint is not None or self.result is not None
-        if started and config.resume == "never":
+        self.started = self.checkpoint is not None or self.result is not None
+        if self.started and config.resume == "never":
             raise ValueError(f"{self.folder} holds a run already, and resume=never; choose another output_dir")
         self.accelerator = make_run_accelerator(config)
         self.device = self.accelerator.device
@@ -84,7 +85,7 @@ class TrainingRun:
         self.log = RunLog(self.accelerator, self.folder)
         # The resolved precision is what a resumed run must repeat, so it is what config.yaml records.
         self.recorded = config.to_dict() | {"mixed_precision": self.accelerator.mixed_precision}
-        require_same_run(self.folder, type(config), self.recorded, trained=started)
+        require_same_run(self.folder, type(config), self.recorded, trained=self.started)
         self.start_step = int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
         # Launchers send a signal of their own after Ctrl-C: only a run of one process may take a second one literally.
         launched = self.accelerator.num_processes > 1
@@ -124,7 +125,7 @@ class TrainingRun:
         Raises:
             ValueError: with what has changed.
         """
-        require_same_source(self.folder, found, trained=self.checkpoint is not None or self.result is not None)
+        require_same_source(self.folder, found, trained=self.started)
         self.source = found
 
     def announce(self, model: PreTrainedModel, lines: dict[str, str], num_items: int) -> None:
