@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from configs.random_streams import integer, mix, uniform
 from configs.validation import Share
+from prior.attention import LayerCache, StaticCache
 from prior.autoregressive import AutoregressivePrior
-from prior.transformer import LayerCache, StaticCache
 from prior.transformer_prior import TransformerPrior, TransformerPriorConfig
 
 
@@ -75,7 +75,7 @@ class GPT(AutoregressivePrior, TransformerPrior):
         x = self.code_embedding(codes + offsets[place - 1]) + places[:, place]
         visible = (torch.arange(places.shape[1], device=codes.device) <= place).view(1, 1, 1, -1)
         static = [StaticCache(layer, place, visible) for layer in cache]
-        return self.head(self.transformer(x, rotary[:, place], cache=static)[:, 0]).float()
+        return self.head(self.transformer(x, rotary[place], cache=static)[:, 0]).float()
 
 
 class CachedSteps:
@@ -107,7 +107,7 @@ class CachedSteps:
         if first == 0:
             x = torch.cat([self.prior.start.expand(len(self.places), 1, -1), x], dim=1)
         here = slice(first, self.done)
-        hidden = self.prior.transformer(x + self.places[:, here], self.rotary[:, here], causal=True, cache=self.cache)
+        hidden = self.prior.transformer(x + self.places[:, here], self.rotary[here], causal=True, cache=self.cache)
         return self.prior.head(hidden[:, -1]).float()
 
     def keep(self, rows: int) -> None:

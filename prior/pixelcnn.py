@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from configs.layout import CodeGrid, CodeLayout
 from configs.validation import Count, CountOrZero, Range
+from prior.attention import Attention, LayerCache
 from prior.autoregressive import AutoregressivePrior, CodeByCode
 from prior.base import PriorConfig
 from prior.coarser_codes import CoarserCodes
 from prior.rms_norm import RMSNorm
-from prior.transformer import Attention, LayerCache, code_positions, rotary_table
+from prior.rotary import code_positions, rotary_table
 
 
 class PixelCNNConfig(PriorConfig):

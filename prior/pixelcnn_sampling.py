@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.attention import LayerCache
 from prior.pixelcnn import GatedLayer, PixelCNN, convolve, gate
-from prior.transformer import LayerCache
 
 
 class CachedRows:
@@ -78,7 +78,7 @@ class CachedRows:
             return codes
         self.num_done = num_rows * self.num_columns
         known = codes[:, : self.num_done].unflatten(1, (num_rows, self.num_columns))
-        rotary = None if self.rotary is None else self.rotary[:, : self.num_done]
+        rotary = None if self.rotary is None else self.rotary[: self.num_done]
         above = left = self.prior.code_embedding(known)  # (B, num_rows, w, width)
         for state in self.layers:
             state.push(above)
@@ -102,7 +102,7 @@ class CachedRows:
             torch.mul(self.signal.tanh_(), self.opening.sigmoid_(), out=self.gated)
             torch.addmm(residual, self.gated, state.out, out=following)
             if state.layer.attention is not None and self.rotary is not None:
-                here = self.rotary[:, self.num_done : self.num_done + 1]
+                here = self.rotary[self.num_done : self.num_done + 1]
                 following.copy_(state.layer.attention(following[:, None], here, state.cache)[:, 0])
         self.num_done += 1
 

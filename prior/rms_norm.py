@@ -43,8 +43,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = grad * normed
-        grad_weight = product.reshape(-1, product.shape[-1]).sum(0).type_as(weight)
-        mean = (product @ weight.type_as(product)).div_(-x.shape[-1]).unsqueeze(-1)
-        return (grad * weight).addcmul(normed, mean).mul_(scale).type_as(x), grad_weight, None
+        wide, grad, wide_weight = (value.to(scale.dtype) for value in (x, grad, weight))
+        # LayerNorm's kernel, told that the mean is 0, gives this gradient but for the mean of grad * weight that it
+        # takes off every channel.
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, wide, weight.shape, torch.zeros_like(scale), scale, wide_weight, None, [True, True, False]
+        )
+        taken_off = (grad @ wide_weight).unsqueeze(-1).mul_(scale).div_(x.shape[-1])
+        return grad_x.add_(taken_off).type_as(x), grad_weight.type_as(weight), None

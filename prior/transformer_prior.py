@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from configs.validation import Count, Range
 from prior.base import Prior, PriorConfig
-from prior.transformer import Transformer, code_positions, rotary_table
+from prior.rotary import code_positions, rotary_table
+from prior.transformer import Transformer
 
 
 class TransformerPriorConfig(PriorConfig):

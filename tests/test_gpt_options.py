@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import pytest
 import torch
 from prior_cases import DEEP, GRIDS, IMAGE, LAYOUTS, random_codes, tiny_prior, vocab_sizes
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from configs.layout import CodeGrid, CodeLayout
 from prior.gpt import CachedSteps
-from prior.transformer import Attention, Transformer, code_positions, rotary_table, rotate
+from prior.transformer import Transformer
 from tokenizer import ImageTokenizer
 
 OPTIONS: list[dict[str, Any]] = [
@@ -25,77 +23,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_kv_heads": 2, "qk_norm": True, "dropout": 0.3, "code_corruption": 0.5},
 ]
 FOUR_HEADS = {"width": 16, "num_heads": 4}
-
-
-def attention(num_heads: int, num_kv_heads: int, qk_norm: bool = False) -> Attention:
-    """Attention of heads of 8 channels with weights that give uneven weights to positions."""
-    module = Attention(8 * num_heads, num_heads, num_kv_heads, qk_norm)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
-
-
-def rotary(length: int) -> Tensor:
-    return rotary_table(torch.stack([torch.arange(length) // 3, torch.arange(length) % 3], dim=1).float(), 8)
-
-
-@torch.no_grad()
-def reference(module: Attention, x: Tensor, table: Tensor, causal: bool) -> Tensor:
-    """Softmax attention, head by head, in which head h reads the keys of head h * num_kv_heads // num_heads."""
-    B, L, width = x.shape
-    d, heads = module.head_dim, module.num_heads
-    weights = module.qkv.weight.split([d] * (heads + 2 * module.num_kv_heads))
-    outputs = []
-    for h in range(heads):
-        group = h * module.num_kv_heads // heads
-        q, k, v = (x @ weights[i].T for i in (h, heads + group, heads + module.num_kv_heads + group))
-        if isinstance(module.query_norm, nn.RMSNorm):
-            q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.query_norm.weight
-            k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.key_norm.weight
-        scores = rotate(q, table) @ rotate(k, table).transpose(1, 2) / math.sqrt(d)
-        if causal:
-            scores = scores.masked_fill(torch.ones(L, L).triu(1).bool(), float("-inf"))
-        outputs.append(scores.softmax(-1) @ v)
-    return torch.cat(outputs, dim=-1).view(B, L, width) @ module.out.weight.T
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        (CodeLayout.single((2, 3), 5), [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]),
-        (CodeLayout.single((3,), 5), [(0, 0), (0, 1), (0, 2)]),
-        (CodeLayout.single((2, 1, 2), 5), [(0, 0), (0, 1), (1, 0), (1, 1)]),
-        (CodeLayout.single((1, 2), 5, depth=2), [(0, 0), (0, 0), (0, 1), (0, 1)]),
-        (
-            CodeLayout((CodeGrid((1, 1), 5), CodeGrid((1, 2), 5, 2), CodeGrid((2, 4), 5))),
-            [(0.5, 1.5), *[(0.5, 0.5)] * 2, *[(0.5, 2.5)] * 2, *[(i, j) for i in range(2) for j in range(4)]],
-        ),
-    ],
-    ids=str,
-)
-def test_a_code_stands_at_its_cell_and_one_of_a_coarse_grid_at_the_centre_of_what_it_covers(layout, expected):
-    torch.testing.assert_close(code_positions(layout), torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
-
-
-def test_rotary_angles_are_rows_then_columns_at_frequencies_from_one_down_to_one_over_the_base():
-    cos, sin = rotary_table(torch.tensor([[2.0, 3.0]]), 12)
-    angles = torch.tensor([[2, 2 * 0.1, 2 * 0.01, 3, 3 * 0.1, 3 * 0.01]])
-    torch.testing.assert_close(cos, angles.cos())
-    torch.testing.assert_close(sin, angles.sin())
-
-
-def test_rotated_queries_and_keys_meet_as_the_offset_of_their_places_says():
-    q, k, here, there = torch.randn(8), torch.randn(8), torch.tensor([1.0, 4.0]), torch.tensor([3.0, 2.0])
-
-    def score(query_at: Tensor, key_at: Tensor) -> Tensor:
-        rotated = [rotate(x[None], rotary_table(place[None], 8))[0] for x, place in ((q, query_at), (k, key_at))]
-        return rotated[0] @ rotated[1]
-
-    expected = score(here, there)
-    for shift in (torch.tensor([5.0, 0.0]), torch.tensor([0.0, 7.0]), torch.tensor([-2.5, 1.5])):
-        torch.testing.assert_close(score(here + shift, there + shift), expected, rtol=1e-5, atol=1e-5)
-        assert abs(score(here + shift, there) - expected) > 0.01
-    torch.testing.assert_close(score(here, here), q @ k, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -118,38 +45,6 @@ def test_dropout_is_of_the_embeddings_and_of_both_branches_of_every_block_in_tra
         shares.clear()
         prior.train(training)(codes, seeds=torch.arange(64))
         assert shares == pytest.approx([share] * 5, abs=0.02)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 6])
-@torch.no_grad()
-def test_grouped_attention_equals_a_softmax_head_by_head(num_kv_heads, qk_norm, causal):
-    module, x, table = attention(6, num_kv_heads, qk_norm), torch.randn(2, 9, 48), rotary(9)
-    expected = reference(module, x, table, causal)
-    torch.testing.assert_close(module(x, table, causal=causal), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 3])
-@torch.no_grad()
-def test_grouped_attention_is_full_attention_with_repeated_keys_and_values(num_kv_heads):
-    grouped, full = attention(6, num_kv_heads), attention(6, 6)
-    q, k, v = grouped.qkv.weight.view(-1, 8, 48).split([6, num_kv_heads, num_kv_heads])
-    repeated = [part.repeat_interleave(6 // num_kv_heads, dim=0) for part in (k, v)]
-    full.qkv.weight.copy_(torch.cat([q, *repeated]).flatten(0, 1))
-    full.out.weight.copy_(grouped.out.weight)
-    x, table = torch.randn(2, 9, 48), rotary(9)
-    torch.testing.assert_close(grouped(x, table, causal=True), full(x, table, causal=True), rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_with_norms_the_scale_of_queries_and_keys_does_not_matter():
-    x, table = torch.randn(2, 9, 32), rotary(9)
-    for qk_norm in (True, False):
-        module = attention(4, 2, qk_norm)
-        before = module(x, table)
-        module.qkv.weight[: 6 * 8] *= 10  # four heads of queries, two of keys
-        assert torch.allclose(module(x, table), before, rtol=1e-3, atol=1e-3) == qk_norm
 
 
 def test_fewer_heads_of_keys_make_the_cache_smaller():
