@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.attention_products import attention_by_products, products_are_faster
+from prior.linear import Linear
 from prior.rms_norm import RMSNorm
 from prior.rotary import rotated_heads
 
@@ -70,10 +71,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = width // num_heads
-        self.queries_keys_values = nn.Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.queries_keys_values = Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else None
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
 
     def forward(
         self, x: Tensor, rotary: Tensor, *, causal: bool = False, cache: LayerCache | StaticCache | None = None

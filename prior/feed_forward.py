@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prior.linear import Linear
+
 
 class FeedForward(nn.Module):
     """out(silu(gate(x)) * up(x)), as wide as keeps the parameters of a layer of four times the width."""
@@ -17,8 +19,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = math.ceil(width * 8 / 3 / 32) * 32
-        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.gate_and_up = Linear(width, 2 * hidden, bias=False)
+        self.out = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., width)` to the same shape."""

@@ -17,6 +17,7 @@ from prior.attention import Attention, LayerCache
 from prior.autoregressive import AutoregressivePrior, CodeByCode
 from prior.base import PriorConfig
 from prior.coarser_codes import CoarserCodes
+from prior.linear import Linear
 from prior.rms_norm import RMSNorm
 from prior.rotary import code_positions, rotary_table
 
@@ -86,10 +87,10 @@ class PixelCNN(AutoregressivePrior):
             )
             for index in range(config.num_layers)
         )
-        last = nn.Linear(2 * width, self.grid.vocab_size)
+        last = Linear(2 * width, self.grid.vocab_size)
         nn.init.normal_(last.weight, std=0.02)
         nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 2 * width), nn.ReLU(), last)
+        self.head = nn.Sequential(nn.ReLU(), Linear(width, 2 * width), nn.ReLU(), last)
         # By device: not buffers, which would stand in every checkpoint, or come back uninitialized from a meta device.
         self._rotary: dict[torch.device, Tensor] = {}
         self.post_init()
@@ -230,12 +231,12 @@ class GatedLayer(nn.Module):
         self.margin = kernel_size // 2
         self.reach = self.margin if first else self.margin + 1  # rows, and codes of the own row, that the kernels cover
         # Both halves of a gate come out of one convolution; their biases come from the context.
-        self.biases = nn.Linear(width, 4 * width)
+        self.biases = Linear(width, 4 * width)
         self.vertical = nn.Conv2d(width, 2 * width, (self.reach, kernel_size), padding=(0, self.margin), bias=False)
-        self.link = nn.Linear(2 * width, 2 * width, bias=False)
+        self.link = Linear(2 * width, 2 * width, bias=False)
         self.horizontal = nn.Conv2d(width, 2 * width, (1, self.reach), bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.attention = AttentionBlock(width, num_heads, dropout) if num_heads else None
 
     def forward(

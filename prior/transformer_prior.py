@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.validation import Count, Range
 from prior.base import Prior, PriorConfig
+from prior.linear import Linear
 from prior.rotary import code_positions, rotary_table
 from prior.transformer import Transformer
 
@@ -61,7 +62,7 @@ class TransformerPrior(Prior):
         self.position_embedding = nn.Embedding(layout.num_codes, config.width)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.width, layout.vocab_size, bias=False)
+        self.head = Linear(config.width, layout.vocab_size, bias=False)
         for parameter in (self.code_embedding.weight, self.position_embedding.weight, self.class_embedding.weight):
             nn.init.normal_(parameter, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
