@@ -179,7 +179,7 @@ def test_an_edited_image_does_not_depend_on_the_batch_size(prior):
     whole = pipeline.edit(images, masks, **options)
     parts = pipeline.edit(images, masks, **options, batch_size=2)
     assert torch.equal(parts.codes, whole.codes)
-    torch.testing.assert_close(parts.images, whole.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts.images, whole.images, rtol=0, atol=1e-4)
     other = pipeline.edit(images, masks, **(options | {"seed": 1}))
     assert not torch.equal(other.codes, whole.codes)
 

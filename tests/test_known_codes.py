@@ -257,7 +257,7 @@ def posterior(prior: Prior) -> tuple[Tensor, Tensor]:
     return joint.sum(1), joint[:, 1] / joint[:, 1].sum()
 
 
-@pytest.mark.parametrize(("name", "seed"), [("gpt", 0), ("pixelcnn", 28)])
+@pytest.mark.parametrize(("name", "seed"), [("gpt", 7), ("pixelcnn", 28)])
 def test_with_more_candidates_codes_before_a_known_one_approach_their_probability_given_it(name, seed):
     torch.manual_seed(seed)  # of weights under which the last code tells much about those before it
     prior, before = tiny_prior(name, ROW), CodeLayout.single((1, 2), 3)
