@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BLOCK = 128
 """Positions whose attention is computed at once: later keys than theirs are left out where it is causal."""
@@ -19,8 +21,7 @@ def products_are_faster(q: Tensor) -> bool:
     It keeps the attention weights for the gradient, which the fused kernel does not: above 512 positions that would be
     most of the memory.
     """
-    suits = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512
-    return suits and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
@@ -29,6 +30,9 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
     Scores are float32, as the fused kernel's are: rounded to bfloat16 they would cost more precision than the rounding
     of queries and keys does.
     """
+    if torch.compiler.is_compiling():  # it takes the same products out of this one
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return _Products.apply(q, k, v, causal)
 
 

@@ -19,7 +19,7 @@ from prior.base import PriorConfig
 from prior.coarser_codes import CoarserCodes
 from prior.linear import Linear
 from prior.rms_norm import RMSNorm
-from prior.rotary import code_positions, rotary_table
+from prior.rotary import as_argument, code_positions, rotary_table
 
 
 class PixelCNNConfig(PriorConfig):
@@ -157,13 +157,13 @@ class PixelCNN(AutoregressivePrior):
         return condition.split([grid.num_codes for grid in self.coarser_grids], dim=1)
 
     def rotary(self) -> Tensor | None:
-        """The `rotary_table` of all codes; None without attention."""
+        """The angles of all codes, for blocks with attention; None without."""
         if self.config.attention_every == 0:
             return None
         if self.device not in self._rotary:
             head_dim = self.config.width // self.config.num_heads
             self._rotary[self.device] = rotary_table(code_positions(self.code_layout), head_dim).to(self.device)
-        return self._rotary[self.device]
+        return as_argument(self._rotary[self.device])
 
     def compile_sampling(self, compiled: bool = True) -> Self:
         if compiled:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prior.attention import Attention, LayerCache, StaticCache
 from prior.feed_forward import FeedForward
 from prior.rms_norm import RMSNorm
+from prior.rotary import as_argument
 
 
 class Block(GradientCheckpointingLayer):
@@ -101,6 +102,7 @@ class Transformer(nn.Module):
             causal: each position sees itself and earlier ones only; several positions at once need an empty cache.
             cache: keys and values of earlier positions; takes up those of x.
         """
+        rotary = as_argument(rotary)
         for index, block in enumerate(self.blocks):
             x = block(x, rotary, causal, None if cache is None else cache[index])
         return self.norm(x)

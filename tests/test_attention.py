@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prior import attention_products
 from prior.attention import Attention
 from prior.attention_products import attention_by_products, products_are_faster
-from prior.rotary import rotary_table, rotated_heads
+from prior.rotary import as_argument, rotary_table, rotated_heads
 
 
 def attention(num_heads: int, num_kv_heads: int, qk_norm: bool = False) -> Attention:
@@ -24,7 +24,8 @@ def attention(num_heads: int, num_kv_heads: int, qk_norm: bool = False) -> Atten
 
 
 def rotary(length: int) -> Tensor:
-    return rotary_table(torch.stack([torch.arange(length) // 3, torch.arange(length) % 3], dim=1).float(), 8)
+    positions = torch.stack([torch.arange(length) // 3, torch.arange(length) % 3], dim=1)
+    return as_argument(rotary_table(positions.float(), 8))
 
 
 @torch.no_grad()

@@ -34,6 +34,14 @@ def test_output_and_gradients_are_those_of_torch(shape, bias):
         torch.testing.assert_close(layers[0](inputs[0]), outputs[1])
 
 
+@torch.no_grad()
+def test_bfloat16_without_gradients_is_rounded_once():
+    layer, x = pair(True)[0].bfloat16(), torch.randn(2, 5, 12).bfloat16()
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [(12, 1), (1, 12), (384, 1024)])
 def test_other_widths_and_strided_inputs(sizes):
     ours, theirs = pair(True, sizes)
@@ -54,7 +62,7 @@ def test_only_what_needs_a_gradient_has_one():
     assert layer.weight.grad is not None
 
 
-def test_products_are_those_of_onednn_in_float32_alone(monkeypatch):
+def test_where_products_are_those_of_onednn(monkeypatch):
     calls: list[torch.dtype] = []
 
     def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,5 +81,10 @@ def test_products_are_those_of_onednn_in_float32_alone(monkeypatch):
         assert layer(torch.randn(3, 12)).dtype == torch.bfloat16
     monkeypatch.setattr(linear, "HAS_ONEDNN", False)
     layer(torch.randn(3, 12))
+    monkeypatch.setattr(linear, "HAS_ONEDNN", True)
     layer.double()(torch.randn(3, 12).double())
+    layer.bfloat16()(torch.randn(3, 12).bfloat16())
     assert len(calls) == 2
+    with torch.no_grad():
+        layer(torch.randn(3, 12).bfloat16())
+    assert calls[2:] == [torch.bfloat16]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.layout import CodeGrid, CodeLayout
-from prior.rotary import code_positions, rotary_table, rotated_heads
+from prior.rotary import as_argument, code_positions, rotary_table, rotated_heads
 
 
 def rotated_plainly(heads: Tensor, table: Tensor, num_rotated: int) -> Tensor:
@@ -53,8 +53,8 @@ def test_rotated_queries_and_keys_meet_as_the_offset_of_their_places_says():
 
     def score(query_at: Tensor, key_at: Tensor) -> Tensor:
         heads = torch.stack([q, k, k]).view(1, 1, 3, 8)
-        rotated_q = rotated_heads(heads.clone(), rotary_table(query_at[None], 8), 1, 1)[0]
-        rotated_k = rotated_heads(heads.clone(), rotary_table(key_at[None], 8), 1, 1)[1]
+        rotated_q = rotated_heads(heads.clone(), as_argument(rotary_table(query_at[None], 8)), 1, 1)[0]
+        rotated_k = rotated_heads(heads.clone(), as_argument(rotary_table(key_at[None], 8)), 1, 1)[1]
         return rotated_q.flatten() @ rotated_k.flatten()
 
     expected = score(here, there)
@@ -70,7 +70,7 @@ def test_heads_and_their_gradient_are_those_of_the_definition(num_kv_heads, comp
     heads, table = torch.randn(2, 9, 4 + 2 * num_kv_heads, 8, dtype=torch.float64), table_of(9).double()
     inputs = [heads.clone().requires_grad_() for _ in range(2)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    mine = rotated_heads(inputs[0] * 1, table, 4, num_kv_heads)
+    mine = rotated_heads(inputs[0] * 1, as_argument(table), 4, num_kv_heads)
     assert [x.shape for x in mine] == [(2, h, 9, 8) for h in (4, num_kv_heads, num_kv_heads)]
     outputs = [torch.cat(mine, dim=1).transpose(1, 2), rotated_plainly(inputs[1], table, 4 + num_kv_heads)]
     weights = torch.randn_like(heads)
@@ -79,7 +79,7 @@ def test_heads_and_their_gradient_are_those_of_the_definition(num_kv_heads, comp
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     with torch.no_grad():
-        again = rotated_heads(heads.clone(), table, 4, num_kv_heads)
+        again = rotated_heads(heads.clone(), as_argument(table), 4, num_kv_heads)
     for x, y in zip(again, mine, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -90,7 +90,7 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once(dtype):
     expected = rotated_plainly(heads.float(), table, 2)
     inputs = heads.clone().requires_grad_()
     for leaf in (heads, inputs):
-        rotated = torch.cat(rotated_heads(leaf * 1, table, 1, 1), dim=1).transpose(1, 2)
+        rotated = torch.cat(rotated_heads(leaf * 1, as_argument(table), 1, 1), dim=1).transpose(1, 2)
         assert rotated.dtype == dtype
         torch.testing.assert_close(rotated, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
     rotated.sum().backward()
@@ -102,6 +102,6 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once(dtype):
 def test_what_another_gradient_needs_is_not_overwritten_in_silence():
     heads = torch.randn(1, 9, 3, 8, requires_grad=True)
     projected = heads.exp()  # whose gradient needs its output
-    q, _, _ = rotated_heads(projected, table_of(9), 1, 1)
+    q, _, _ = rotated_heads(projected, as_argument(table_of(9)), 1, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         q.sum().backward()
