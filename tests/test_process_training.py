@@ -24,7 +24,7 @@ RUN += ["mixed_precision=no", f"steps={STEPS}", "num_samples=2"]
 PRIOR = ["model.width=16", "model.num_layers=2", "model.dropout=0"]
 GPT = ["model.name=gpt", "model.num_heads=2", *PRIOR]
 MASKGIT = ["model.name=maskgit", "model.num_heads=2", *PRIOR, "sampling.steps=3"]
-PIXELCNN = ["model.name=pixelcnn", *PRIOR]
+PIXELCNN = ["model.name=pixelcnn", "model.num_heads=2", "model.attention_every=1", *PRIOR]
 # A low rate: what Adam makes of rounding can flip which of two codes is nearer.
 VQVAE = [*TINY_MODEL, *TINY_QUANTIZER, "data.crop=random", "data.flip=true", "learning_rate=0.0003"]
 REVIVAL = ["quantizer.revive_after=2", "weight_ema=0.9"]
@@ -92,6 +92,7 @@ def trainings(root: Path, tmp_path_factory: pytest.TempPathFactory, image_folder
         found.add(stage, [*given, "accumulation_steps=2"], f"{name} by two, accumulated")
     for name in SHARDED:
         found.add(*EQUAL[name], f"{name} sharded", sharded=True)
+        found.add("prior", [*EQUAL[name][1], "mixed_precision=bf16"], f"{name} sharded in bfloat16", sharded=True)
     for name, (stage, given) in RESUMED.items():
         sharded = {"sharded": "sharded" in name}
         found.add(stage, [*given, *FIVE], f"{name} whole", **sharded)
@@ -148,6 +149,14 @@ def test_two_processes_with_sharded_weights_train_as_one(trainings: Trainings, n
     for part in ("model", "optimizer"):
         states = [load_file(run / last / f"{part}.safetensors") for run in (sharded, one)]
         torch.testing.assert_close(*states, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_processes_with_sharded_weights_train_in_bfloat16_too(trainings: Trainings, name: str) -> None:
+    one = trainings.alone("prior", [*EQUAL[name][1], "mixed_precision=bf16"], f"{name} alone in bfloat16")
+    sharded = trainings.folder / f"{name} sharded in bfloat16"
+    losses = [[line["loss"] for line in lines(run, "train")] for run in (sharded, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.parametrize("name", RESUMED)
