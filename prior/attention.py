@@ -108,8 +108,8 @@ class Attention(nn.Module):
         mask = cache.mask if isinstance(cache, StaticCache) else None
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, heads, 1, head_dim)
-        # On a CPU the fused kernel is slow for one position in bfloat16. In a few rows that of float32 is the fastest, in
-        # many two products of the whole cache, which needs no copy.
+        # On a CPU the fused kernel is slow for one position in bfloat16. For a few rows that of float32 is the fastest,
+        # for many two products of the whole cache, which needs no copy.
         if B <= 4 and mask is None:
             attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
             return attended.type_as(q).view(B, heads, 1, head_dim)

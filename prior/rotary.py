@@ -44,12 +44,8 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 100.0) -> Tenso
 
 
 def as_argument(rotary: Tensor) -> Tensor:
-    """A table, or part of one, as it is passed to a block: complex `(L, head_dim / 2)`.
-
-    FSDP would round real numbers, as it does a block's other arguments. A compiler does not know complex ones, and gets
-    cosine and sine.
-    """
-    return rotary if torch.compiler.is_compiling() else torch.view_as_complex(rotary)
+    """The bits of a table, or of a part of one, as int32: real arguments of a block would be rounded by FSDP."""
+    return rotary.view(torch.int32)
 
 
 def rotated_heads(heads: Tensor, rotary: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +59,7 @@ def rotated_heads(heads: Tensor, rotary: Tensor, num_heads: int, num_kv_heads: i
         num_kv_heads: of keys, and of values.
     """
     sizes = [num_heads, num_kv_heads, num_kv_heads]
+    rotary = rotary.view(torch.float32)
     if torch.compiler.is_compiling():  # it makes one pass of this, and of its gradient
         queries_and_keys, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=2)
         even, odd = _wide(queries_and_keys).unflatten(-1, (-1, 2)).unbind(-1)
@@ -87,7 +84,7 @@ class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        back = ctx.saved_tensors[0].conj().resolve_conj()
+        back = torch.view_as_complex(ctx.saved_tensors[0]).conj().resolve_conj()
         sizes = [grad.shape[2] for grad in grads]
         grad_heads = grads[0].new_empty(*grads[0].shape[:2], sum(sizes), grads[0].shape[3])
         q, k, v = grad_heads.split(sizes, dim=2)
@@ -99,7 +96,7 @@ class _RotatedHeads(torch.autograd.Function):
 
 def _rotate_and_split(heads: Tensor, rotary: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     rotated = heads[:, :, : sizes[0] + sizes[1]]
-    _rotate(rotated, rotary, into=rotated)
+    _rotate(rotated, torch.view_as_complex(rotary), into=rotated)
     return heads.split(sizes, dim=2)
 
 

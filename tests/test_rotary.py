@@ -67,12 +67,12 @@ def test_rotated_queries_and_keys_meet_as_the_offset_of_their_places_says():
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_heads_and_their_gradient_are_those_of_the_definition(num_kv_heads, compiling, monkeypatch):
-    heads, table = torch.randn(2, 9, 4 + 2 * num_kv_heads, 8, dtype=torch.float64), table_of(9).double()
+    heads, table = torch.randn(2, 9, 4 + 2 * num_kv_heads, 8, dtype=torch.float64), table_of(9)
     inputs = [heads.clone().requires_grad_() for _ in range(2)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     mine = rotated_heads(inputs[0] * 1, as_argument(table), 4, num_kv_heads)
     assert [x.shape for x in mine] == [(2, h, 9, 8) for h in (4, num_kv_heads, num_kv_heads)]
-    outputs = [torch.cat(mine, dim=1).transpose(1, 2), rotated_plainly(inputs[1], table, 4 + num_kv_heads)]
+    outputs = [torch.cat(mine, dim=1).transpose(1, 2), rotated_plainly(inputs[1], table.double(), 4 + num_kv_heads)]
     weights = torch.randn_like(heads)
     for output in outputs:
         (output * weights).sum().backward()
