@@ -37,6 +37,7 @@ run(pipelines.generation.generate, GenerationConfig)
 REFUSED = """
 import sys
 from accelerate import PartialState
+from configs.command_line import leave_process_group
 from configs.generation import GenerationConfig
 from configs.loading import load_config
 from pipelines import generate
@@ -48,6 +49,7 @@ for mistake in ("labels=horse", "guidance_scale=2", "grid=[1,1]"):
         print(error)
     # A process that was not refused would wait elsewhere, for ever.
     PartialState().wait_for_everyone()
+leave_process_group()
 """
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from configs.command_line import leave_process_group
 from configs.loading import load_config
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
 from pipelines import train_prior, train_tokenizer
@@ -58,3 +59,4 @@ if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         print("job", job["name"], flush=True)
         train(job)
+    leave_process_group()
