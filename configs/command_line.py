@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import distributed
 
 from configs.loading import Choices, config_from_arguments
 from configs.validation import Schema
@@ -51,10 +50,3 @@ def run(verb: Callable[[Any], Any], schema: type[Schema], choices: Choices | Non
     """Run a script: arguments to a checked configuration to its verb."""
     with mistakes_as_messages():
         verb(config_from_arguments(schema, sys.argv[1:], choices))
-    leave_process_group()
-
-
-def leave_process_group() -> None:
-    """Close what the processes of a launcher share, without which gloo's threads now and then abort one that ends."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

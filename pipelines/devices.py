@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from torch import distributed
 
 from pipelines.zero import require_deepspeed, use_on_cpus
 
@@ -110,3 +111,12 @@ def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def leave_process_group() -> None:
+    """Close what the processes of a launcher share, without which gloo's threads now and then abort one that ends.
+
+    For the end of a script that went well; where one fails, others may still wait for it.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

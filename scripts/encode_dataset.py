@@ -3,6 +3,8 @@
 from configs.command_line import run
 from configs.schema import EncodingConfig
 from pipelines import encode_dataset
+from pipelines.devices import leave_process_group
 
 if __name__ == "__main__":
     run(encode_dataset, EncodingConfig)
+    leave_process_group()

@@ -3,6 +3,8 @@
 from configs.command_line import run
 from configs.generation import GenerationConfig
 from pipelines import generate
+from pipelines.devices import leave_process_group
 
 if __name__ == "__main__":
     run(generate, GenerationConfig)
+    leave_process_group()

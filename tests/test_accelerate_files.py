@@ -11,9 +11,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch import distributed
 
 import configs.schema
-from pipelines.devices import make_accelerator
+from pipelines.devices import leave_process_group, make_accelerator
 
 FILES = Path(configs.schema.__file__).parent / "accelerate"
 KINDS = {
@@ -84,3 +85,10 @@ def test_the_precision_of_a_run_wins_over_that_of_a_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert make_accelerator("no").mixed_precision == "no"
     assert isinstance(make_accelerator("auto"), Accelerator)
+
+
+def test_the_process_group_is_left_where_there_is_one():
+    leave_process_group()  # nothing to leave
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    leave_process_group()
+    assert not distributed.is_initialized()

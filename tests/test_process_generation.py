@@ -37,10 +37,10 @@ run(pipelines.generation.generate, GenerationConfig)
 REFUSED = """
 import sys
 from accelerate import PartialState
-from configs.command_line import leave_process_group
 from configs.generation import GenerationConfig
 from configs.loading import load_config
 from pipelines import generate
+from pipelines.devices import leave_process_group
 
 for mistake in ("labels=horse", "guidance_scale=2", "grid=[1,1]"):
     try:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
 
 from configs.command_line import run
 from configs.generation import GenerationConfig
@@ -121,16 +120,6 @@ def test_the_verb_gets_the_checked_configuration(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "pipeline=here", "seed=7"])
     run(given.append, GenerationConfig)
     assert given == [GenerationConfig(pipeline="here", seed=7)]
-
-
-def test_a_script_that_ends_well_leaves_its_process_group(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["generate.py", "tokenizer=T", "prior=P", "output_dir=O"])
-
-    def join(config: GenerationConfig) -> None:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-
-    run(join, GenerationConfig)
-    assert not distributed.is_initialized()
 
 
 def test_a_mistake_keeps_its_traceback_where_the_environment_asks_for_it(monkeypatch):

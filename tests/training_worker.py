@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from configs.command_line import leave_process_group
 from configs.loading import load_config
 from configs.schema import PriorTrainingConfig, TokenizerTrainingConfig
 from pipelines import train_prior, train_tokenizer
+from pipelines.devices import leave_process_group
 from pipelines.stop_signals import StopAgreement
 
 SHARDED = {
