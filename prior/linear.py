@@ -26,14 +26,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        suits = HAS_ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype
+        product, dtypes = _linear, [torch.float32, torch.bfloat16]
+        if torch.is_grad_enabled():
+            product, dtypes = _Linear.apply, [torch.float32]
+        suits = HAS_ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in dtypes
         if not suits or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
-        if x.dtype == torch.float32 and torch.is_grad_enabled():
-            return _Linear.apply(x, self.weight, self.bias)
-        if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled():
-            return _linear(x, self.weight, self.bias)
-        return super().forward(x)
+        return product(x, self.weight, self.bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
